@@ -1,0 +1,122 @@
+package main
+
+import (
+	"context"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"overkeep/systemd/keep"
+)
+
+type unlockOptions struct {
+	keep   string
+	auth   authFlags
+	dryRun bool
+}
+
+func newUnlock(a *app) *cobra.Command {
+	var o unlockOptions
+	cmd := exits(&cobra.Command{
+		Use:        "unlock [KEEP]",
+		SuggestFor: []string{"open", "mount", "start"},
+		Short:      "Open a keep",
+		GroupID:    "daily",
+		Long: `Open a keep: one of its slots gives the key to the kernel, the volume is mounted
+in the user's view, both stores become one /nix/store there, and a nix-daemon of
+the user's own serves it. Nothing shows outside of the view. Opening an open
+keep does nothing.
+
+Without flags the passphrase is asked for. Other ways are a key file and the
+recovery key. When a step fails, the keep is locked again.`,
+		Example: `  sudo overkeep unlock
+  sudo overkeep unlock work --identity /home/alice/.ssh/id_ed25519
+  sudo overkeep unlock --recovery
+  pass show keep | sudo overkeep unlock alice --passphrase-fd 0
+  sudo overkeep unlock --dry-run`,
+		Args:              a.args(0, 1),
+		ValidArgsFunction: a.completeKeep,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			o.keep = first(args)
+			return runUnlock(cmd.Context(), a, o)
+		},
+	}, exitWrongKey, exitTampered, exitUnsupported, exitNoKeep, exitNotRoot, exitInUse, exitMountPoint)
+	o.auth.add(a, cmd)
+	dryRunFlag(cmd, &o.dryRun)
+	return cmd
+}
+
+func runUnlock(ctx context.Context, a *app, o unlockOptions) error {
+	k, err := a.open(o.keep)
+	if err != nil {
+		return err
+	}
+	if o.dryRun {
+		s, err := unlockSteps(a, k)
+		if err != nil {
+			return err
+		}
+		return a.ui.report(s)
+	}
+	if err := needRoot(); err != nil {
+		return err
+	}
+	if _, err := keep.ReadConfig(a.root); err != nil {
+		return err
+	}
+	// What can be found out is, before anything is typed.
+	if st, err := k.State(ctx); err == nil && st == keep.Unlocked {
+		return a.ui.done(unlockDone{&keep.UnlockResult{Keep: k.Name, Already: true}, a.here().command("shell", k.Name)})
+	}
+	if err := keep.CheckNix(); err != nil {
+		return err
+	}
+	return o.auth.with(ctx, a.ui, k.Name, func(auth keep.Auth) error {
+		r, err := k.Unlock(ctx, auth)
+		if err != nil {
+			return err
+		}
+		return a.ui.done(unlockDone{r, a.here().command("shell", k.Name)})
+	})
+}
+
+// unlockDone is the result of unlock.
+type unlockDone struct {
+	*keep.UnlockResult
+	Next string `json:"next"`
+}
+
+func (r unlockDone) print(p *page) {
+	if r.Already {
+		p.printf("Keep %q is open already.\n", r.Keep)
+	} else {
+		p.printf("Keep %q is open (slot %q).\n", r.Keep, r.Slot)
+	}
+	p.printf("A shell in it:\n    %s\n", p.style("1", r.Next))
+}
+
+// unlockSteps is the dry run.
+func unlockSteps(a *app, k *keep.Keep) (steps, error) {
+	r, err := k.Render()
+	if err != nil {
+		return steps{}, err
+	}
+	s := steps{DryRun: true, Keep: k.Name}
+	add := func(do string, detail ...string) { s.Would = append(s.Would, step{do, detail}) }
+	add("check that the system's Nix has a local-overlay store (2.22 or later) and its daemon runs")
+	add("make a mount namespace for the view, or take the one there is", k.Namespace())
+	add("open a slot with what you give: passphrase, --identity or --recovery", k.Slots())
+	if k.Header.FSImage != "" {
+		add("mount the keep's own file system, in the view", k.Header.FSImage+" on "+k.FSMount())
+	}
+	add("give the key to the kernel, and mount the volume in the view", k.Volume())
+	add("compare the public header and the slots' epoch with what is pinned inside the volume", k.InnerHeader())
+	add("write the personal nix-daemon's settings (overkeep render shows them)", k.NixConfDir()+"/nix.conf")
+	var mounts []string
+	for _, m := range r.Mounts {
+		mounts = append(mounts, m.Command())
+	}
+	add("mount, in the view:", mounts...)
+	add("start the personal nix-daemon, with the store", strings.TrimSpace(r.Store))
+	return s, nil
+}

@@ -1,0 +1,234 @@
+package slot
+
+import (
+	"bytes"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"time"
+)
+
+// The JSON of set.json. Its keys are exact: encoding/json would take "NAME" for
+// "name", which scan refuses.
+type wireSet struct {
+	Version   int        `json:"version"`
+	Features  []string   `json:"features"`
+	KeepID    string     `json:"keep_id"`
+	Protector string     `json:"protector"`
+	Policy    string     `json:"policy"`
+	Epoch     uint64     `json:"epoch"`
+	Confirmed bool       `json:"confirmed"`
+	Slots     []wireSlot `json:"slots"`
+	MAC       string     `json:"mac"`
+}
+
+type wireSlot struct {
+	Name    string `json:"name"`
+	Kind    Kind   `json:"kind"`
+	Role    string `json:"role"`
+	Created string `json:"created"`
+	Label   string `json:"label"`
+	SHA256  string `json:"sha256"`
+}
+
+var (
+	setKeys  = []string{"version", "features", "keep_id", "protector", "policy", "epoch", "confirmed", "slots", "mac"}
+	slotKeys = []string{"name", "kind", "role", "created", "label", "sha256"}
+)
+
+const timeLayout = "2006-01-02T15:04:05Z"
+
+// marshal writes set.json. The set must be complete: hashes and MAC in place.
+func (s *Set) marshal() ([]byte, error) {
+	w := wireSet{
+		Version: s.Version, Features: append([]string{}, s.Features...),
+		KeepID: s.KeepID, Protector: s.Protector, Policy: s.Policy,
+		Epoch: s.Epoch, Confirmed: s.Confirmed, Slots: []wireSlot{}, MAC: hex.EncodeToString(s.MAC),
+	}
+	for _, x := range s.Slots {
+		w.Slots = append(w.Slots, wireSlot{x.Name, x.Kind, x.Role, x.Created.UTC().Format(timeLayout), x.Label, x.SHA256})
+	}
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false)
+	e.SetIndent("", "  ")
+	if err := e.Encode(w); err != nil {
+		return nil, err
+	}
+	if b.Len() > MaxSetSize {
+		return nil, formatf("set.json of %d bytes, at most %d are allowed", b.Len(), MaxSetSize)
+	}
+	return b.Bytes(), nil
+}
+
+// parse reads set.json and nothing else: no unknown, repeated or missing key, no
+// trailing data, no unknown version or feature. Version and features are judged
+// first, so that a newer file is called newer and not malformed.
+func parse(b []byte) (*Set, error) {
+	if len(b) > MaxSetSize {
+		return nil, formatf("set.json of more than %d bytes", MaxSetSize)
+	}
+	if err := judgeVersion(b); err != nil {
+		return nil, err
+	}
+	if err := scan(b); err != nil {
+		return nil, err
+	}
+	var w wireSet
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&w); err != nil {
+		return nil, &FormatError{Err: err}
+	}
+	s := &Set{
+		Version: w.Version, Features: w.Features,
+		Binding: Binding{KeepID: w.KeepID, Protector: w.Protector, Policy: w.Policy},
+		Epoch:   w.Epoch, Confirmed: w.Confirmed,
+	}
+	if !sha256RE.MatchString(w.MAC) {
+		return nil, formatf("mac %s is not 64 hex digits", quote(w.MAC))
+	}
+	s.MAC, _ = hex.DecodeString(w.MAC)
+	for _, x := range w.Slots {
+		t, err := time.Parse(timeLayout, x.Created)
+		if err != nil || t.Format(timeLayout) != x.Created {
+			return nil, formatf("slot created %s", quote(x.Created))
+		}
+		if !sha256RE.MatchString(x.SHA256) {
+			return nil, formatf("sha256 %s is not 64 hex digits", quote(x.SHA256))
+		}
+		s.Slots = append(s.Slots, Slot{x.Name, x.Kind, x.Role, t, x.Label, x.SHA256})
+	}
+	if err := s.check(); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+// judgeVersion looks at version and features alone.
+func judgeVersion(b []byte) error {
+	var head struct {
+		Version  *int              `json:"version"`
+		Features []json.RawMessage `json:"features"`
+	}
+	if err := json.Unmarshal(b, &head); err != nil {
+		return &FormatError{Err: err}
+	}
+	if head.Version == nil {
+		return formatf("no version")
+	}
+	if *head.Version != Version {
+		return &VersionError{*head.Version}
+	}
+	for _, raw := range head.Features {
+		var f string
+		if err := json.Unmarshal(raw, &f); err != nil {
+			return &FormatError{Err: err}
+		}
+		if featureRE.MatchString(f) && !slices.Contains(features, f) {
+			return &FeatureError{f}
+		}
+	}
+	return nil
+}
+
+// scan walks the tokens and refuses what encoding/json lets pass: repeated keys,
+// keys in another case, missing keys, null, invalid UTF-8. What follows the value
+// judgeVersion has refused (json.Unmarshal takes one value and no more).
+func scan(b []byte) error {
+	// json replaces invalid UTF-8 silently.
+	if bytes.ContainsRune(b, '\uFFFD') || !bytes.Equal(b, bytes.ToValidUTF8(b, nil)) {
+		return formatf("invalid UTF-8")
+	}
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.UseNumber()
+	return scanObject(d, setKeys)
+}
+
+func scanObject(d *json.Decoder, keys []string) error {
+	if err := expect(d, '{'); err != nil {
+		return err
+	}
+	seen := make(map[string]bool, len(keys))
+	for d.More() {
+		t, err := d.Token()
+		if err != nil {
+			return &FormatError{Err: err}
+		}
+		key, _ := t.(string) // an object's key is always a string
+		switch {
+		case !slices.Contains(keys, key):
+			return formatf("unknown key %s at byte %d", quote(key), d.InputOffset())
+		case seen[key]:
+			return formatf("key %q repeated at byte %d", key, d.InputOffset())
+		}
+		seen[key] = true
+		switch key {
+		case "slots":
+			err = scanArray(d, func() error { return scanObject(d, slotKeys) })
+		case "features":
+			err = scanArray(d, func() error { return scanValue(d) })
+		default:
+			err = scanValue(d)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	for _, key := range keys {
+		if !seen[key] {
+			return formatf("key %q missing before byte %d", key, d.InputOffset())
+		}
+	}
+	return expect(d, '}')
+}
+
+func scanArray(d *json.Decoder, element func() error) error {
+	if err := expect(d, '['); err != nil {
+		return err
+	}
+	for d.More() {
+		if err := element(); err != nil {
+			return err
+		}
+	}
+	return expect(d, ']')
+}
+
+func scanValue(d *json.Decoder) error {
+	t, err := d.Token()
+	if err != nil {
+		return &FormatError{Err: err}
+	}
+	switch t.(type) {
+	case string, json.Number, bool:
+		return nil
+	}
+	return formatf("%s where a plain value is expected, at byte %d", tokenName(t), d.InputOffset())
+}
+
+func expect(d *json.Decoder, want json.Delim) error {
+	t, err := d.Token()
+	if err != nil {
+		return &FormatError{Err: err}
+	}
+	if t != json.Token(want) {
+		return formatf("%s where %q is expected, at byte %d", tokenName(t), want.String(), d.InputOffset())
+	}
+	return nil
+}
+
+func tokenName(t json.Token) string {
+	switch t := t.(type) {
+	case nil:
+		return "null"
+	case json.Delim:
+		return fmt.Sprintf("%q", t.String())
+	case string:
+		return "a string"
+	case bool:
+		return "a boolean"
+	}
+	return "a number"
+}

@@ -1,0 +1,162 @@
+package holder
+
+import (
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// loops lists the bound loop devices. The backing file is asked from the device,
+// for its path is only text; where the device cannot be opened the path has to do.
+func loops() []loopDevice {
+	dirs, _ := filepath.Glob("/sys/block/loop*/loop") // the pattern is well formed
+	var out []loopDevice
+	for _, dir := range dirs {
+		block := filepath.Dir(dir)
+		path, err := os.ReadFile(dir + "/backing_file")
+		if err != nil {
+			continue // unbound meanwhile
+		}
+		l := loopDevice{name: filepath.Base(block), path: strings.TrimSuffix(string(path), "\n")}
+		num, err := os.ReadFile(block + "/dev")
+		if err != nil {
+			continue
+		}
+		major, minor, _ := strings.Cut(strings.TrimSpace(string(num)), ":")
+		ma, ok1 := parseUint([]byte(major), 10)
+		mi, ok2 := parseUint([]byte(minor), 10)
+		if !ok1 || !ok2 {
+			continue
+		}
+		l.dev = unix.Mkdev(uint32(ma), uint32(mi))
+		if f, err := openAt(unix.AT_FDCWD, "/dev/"+l.name, unix.O_RDONLY|unix.O_NONBLOCK); err == nil {
+			// lo_device is in the encoding of stat(2) (huge_encode_dev in loop.c).
+			if st, err := unix.IoctlLoopGetStatus64(int(f.Fd())); err == nil && st.Number == uint32(mi) {
+				l.file = FileID{st.Device, st.Inode}
+			}
+			f.Close()
+		}
+		stack, _ := os.ReadDir(block + "/holders")
+		for _, s := range stack {
+			l.stack = append(l.stack, s.Name())
+		}
+		out = append(out, l)
+	}
+	return out
+}
+
+// deviceHolders names the kernel's own holders: loop devices, what is stacked on
+// them, and swap files.
+func (m *matcher) deviceHolders(spaces map[uint64]*space, swaps []string) []Holder {
+	var out []Holder
+	for _, l := range m.loops {
+		// The device that carries the keep itself is no holder while the keep is
+		// mounted: it goes with the last unmount, unless it was told not to.
+		if !slices.Contains(m.target.Devices, l.dev) || !mounted(spaces, l.dev) {
+			out = append(out, Holder{Command: "loop device /dev/" + printable(l.name, 32),
+				Holds: []Hold{{LoopDevice, printable(l.path, 512)}}})
+		}
+		for _, s := range l.stack {
+			out = append(out, Holder{Command: "block device /dev/" + printable(s, 64),
+				Holds: []Hold{{BlockDevice, "/dev/" + printable(l.name, 32)}}})
+		}
+	}
+	for _, s := range swaps {
+		// The kernel allows no swap file on an overlay.
+		if m.pathOurs(s, false) {
+			out = append(out, Holder{Command: "swap file", Holds: []Hold{{SwapFile, printable(s, 512)}}})
+		}
+	}
+	return out
+}
+
+func mounted(spaces map[uint64]*space, dev uint64) bool {
+	for _, sp := range spaces {
+		if slices.ContainsFunc(sp.mounts, func(m mount) bool { return m.dev == dev }) {
+			return true
+		}
+	}
+	return false
+}
+
+// siocUnixFile opens the name a unix socket is bound to, as O_PATH (Linux 4.12,
+// linux/un.h; needs CAP_NET_ADMIN).
+const siocUnixFile = 0x89e0
+
+// boundObject returns the object that descriptor fd of process pid, a unix
+// socket, is bound to.
+func boundObject(pid, fd int) (object, string, error) {
+	p, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return object{}, "", err
+	}
+	defer unix.Close(p)
+	s, err := unix.PidfdGetfd(p, fd, 0)
+	if err != nil {
+		return object{}, "", err
+	}
+	defer unix.Close(s)
+	b, err := unix.IoctlRetInt(s, siocUnixFile)
+	if err != nil {
+		return object{}, "", err
+	}
+	f := os.NewFile(uintptr(b), "socket")
+	defer f.Close()
+	o, err := lookAtFile(f)
+	return o, readLink(unix.AT_FDCWD, "/proc/self/fd/"+strconv.Itoa(b)), err
+}
+
+// boundSockets adds to all the sockets of the calling thread's network
+// namespace that are bound to names in filesystems want accepts.
+func boundSockets(want func(FileID) bool, all map[uint64]bound) error {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	// struct unix_diag_req of linux/unix_diag.h after the netlink header.
+	type request struct {
+		unix.NlMsghdr
+		family, protocol uint8
+		_                uint16
+		states           uint32
+		ino              uint32
+		show             uint32
+		cookie           [2]uint32
+	}
+	const showName, showVFS = 1, 2
+	req := request{family: unix.AF_UNIX, states: ^uint32(0), show: showName | showVFS}
+	req.Len = uint32(unsafe.Sizeof(req))
+	req.Type = unix.SOCK_DIAG_BY_FAMILY
+	req.Flags = unix.NLM_F_REQUEST | unix.NLM_F_DUMP
+	msg := unsafe.Slice((*byte)(unsafe.Pointer(&req)), unsafe.Sizeof(req))
+	if err := unix.Sendto(fd, msg, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		return err
+	}
+	buf := make([]byte, 64<<10)
+	for {
+		n, _, err := unix.Recvfrom(fd, buf, 0)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			return errDiag
+		}
+		done, err := parseUnixDiag(buf[:n], func(b bound) {
+			if want(b.file) {
+				all[b.socket] = b
+			}
+		})
+		if done || err != nil {
+			return err
+		}
+	}
+}

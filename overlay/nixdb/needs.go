@@ -1,0 +1,111 @@
+package nixdb
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// originAttr marks what OverlayFS copied up from the lower
+// (Documentation/filesystems/overlayfs.rst, "Non-directories" and "Inode
+// properties"). Reading it needs CAP_SYS_ADMIN.
+const originAttr = "trusted.overlay.origin"
+
+// LowerNeeds returns the paths that a keep's database calls valid and that do
+// not lie in the keep's own upper directory, so must come from the lower store:
+// no entry there, a whiteout, or an entry copied up from the lower (a
+// directory whose contents are still the lower's).
+//
+// A row is a need whether or not a personal root reaches it: as long as Nix calls
+// the path valid, it will use it without asking the lower again.
+//
+// It does not look at the lower store: a damaged keep can need what is nowhere.
+// Before a name leaves the keep, as a pin does, take only what the lower store
+// says is valid (lower.Client.ValidPaths).
+func LowerNeeds(ctx context.Context, upperDB, upperDir string) ([]string, error) {
+	g, err := LowerGraph(ctx, upperDB, upperDir)
+	return g.Paths, err
+}
+
+// LowerGraph is LowerNeeds with the references among those paths.
+func LowerGraph(ctx context.Context, upperDB, upperDir string) (Graph, error) {
+	d, err := Open(ctx, upperDB)
+	if err != nil {
+		return Graph{}, err
+	}
+	defer d.Close()
+	// Rows before the directory: Nix moves a path into place and then
+	// registers it, so a row that is seen has its entry.
+	all, err := d.Graph(ctx, nil)
+	if err != nil {
+		return Graph{}, err
+	}
+	own, err := ownEntries(upperDir)
+	if err != nil {
+		return Graph{}, err
+	}
+	var g Graph
+	index := make([]int32, len(all.Paths))
+	for i, p := range all.Paths {
+		index[i] = -1
+		personal, err := own.has(filepath.Base(p))
+		if err != nil {
+			return Graph{}, err
+		}
+		if !personal {
+			index[i] = int32(len(g.Paths))
+			g.Paths = append(g.Paths, p)
+		}
+	}
+	for _, r := range all.Refs {
+		if a, b := index[r[0]], index[r[1]]; a >= 0 && b >= 0 {
+			g.Refs = append(g.Refs, [2]int32{a, b})
+		}
+	}
+	return g, nil
+}
+
+// entries are the names in an upper directory that are not whiteouts.
+type entries struct {
+	dir   string
+	names map[string]bool
+}
+
+func ownEntries(dir string) (entries, error) {
+	e := entries{dir, map[string]bool{}}
+	list, err := os.ReadDir(dir)
+	if err != nil {
+		return e, fmt.Errorf("read the upper directory: %w", err)
+	}
+	for _, l := range list {
+		if strings.HasPrefix(l.Name(), ".") {
+			continue // .links and the like are no store paths
+		}
+		// A whiteout is a character device 0/0; Nix makes no devices.
+		if l.Type()&os.ModeCharDevice == 0 {
+			e.names[l.Name()] = true
+		}
+	}
+	return e, nil
+}
+
+// has reports whether name is the keep's own.
+func (e entries) has(name string) (bool, error) {
+	if !e.names[name] {
+		return false, nil
+	}
+	_, err := unix.Lgetxattr(filepath.Join(e.dir, name), originAttr, nil)
+	switch {
+	case err == nil, errors.Is(err, unix.ENOENT): // copied up; gone meanwhile
+		return false, nil
+	case errors.Is(err, unix.ENODATA), errors.Is(err, unix.ENOTSUP), errors.Is(err, unix.EPERM):
+		return true, nil
+	}
+	// The error's path would be a personal name.
+	return false, fmt.Errorf("read an attribute in %q: %w", e.dir, err)
+}

@@ -1,0 +1,201 @@
+package view
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// BusyError is a mount that cannot be unmounted because something uses it.
+type BusyError struct{ Target string }
+
+func (e *BusyError) Error() string { return fmt.Sprintf("mount %q is busy", e.Target) }
+
+// MountPointError is a directory that cannot serve as a mount point.
+type MountPointError struct{ Path, Reason string }
+
+func (e *MountPointError) Error() string {
+	return fmt.Sprintf("mount point %q %s", e.Path, e.Reason)
+}
+
+// Make carries out list in the calling process's mount namespace. When one
+// mount fails those made before it are undone, and the error names the one.
+func Make(list []Mount, u User) error {
+	for i, m := range list {
+		if err := makeOne(m, u); err != nil {
+			if uerr := Undo(list[:i]); uerr != nil {
+				err = errors.Join(err, uerr)
+			}
+			return fmt.Errorf("mount %s: %w", m.Target, err)
+		}
+	}
+	return nil
+}
+
+func makeOne(m Mount, u User) error {
+	target, done, err := mountPoint(m, u)
+	if err != nil {
+		return err
+	}
+	defer done()
+	if m.Kind == Overlay {
+		return unix.Mount(m.Source, target, "overlay", m.Flags, strings.Join(m.Options, ","))
+	}
+	if err := unix.Mount(m.Source, target, "", unix.MS_BIND, ""); err != nil {
+		return err
+	}
+	if m.Flags == 0 {
+		return nil
+	}
+	// A bind takes its flags only from a second, remounting call (mount(2)). The
+	// descriptor of target lies beneath the new mount, so the path is used; it is
+	// resolved without following a last symlink by being a mount point now.
+	if err := unix.Mount("", m.Target, "", unix.MS_BIND|unix.MS_REMOUNT|m.Flags, ""); err != nil {
+		_ = unix.Unmount(m.Target, unix.UMOUNT_NOFOLLOW)
+		return err
+	}
+	return nil
+}
+
+// mountPoint returns a path for mount(2) that is bound to the very directory
+// that was checked, and a function to release it.
+func mountPoint(m Mount, u User) (string, func(), error) {
+	var fd int
+	var err error
+	if m.AsUser {
+		fd, err = userDir(m, u)
+	} else {
+		fd, err = unix.Open(m.Target, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	}
+	if err != nil {
+		var pe *MountPointError
+		if errors.As(err, &pe) {
+			return "", nil, err
+		}
+		return "", nil, &MountPointError{m.Target, "cannot be opened: " + err.Error()}
+	}
+	return fmt.Sprintf("/proc/self/fd/%d", fd), func() { unix.Close(fd) }, nil
+}
+
+// userDir opens (making it when missing) a directory in the user's home with
+// the user's own rights, on a thread of its own that never runs anything else.
+func userDir(m Mount, u User) (int, error) {
+	type result struct {
+		fd  int
+		err error
+	}
+	ch := make(chan result, 1)
+	go func() {
+		runtime.LockOSThread() // not unlocked: the thread dies with its changed identity
+		fd, err := openAsUser(m.Target, u)
+		ch <- result{fd, err}
+	}()
+	r := <-ch
+	if r.err != nil {
+		return -1, r.err
+	}
+	if err := checkUserDir(r.fd, m, u); err != nil {
+		unix.Close(r.fd)
+		return -1, err
+	}
+	return r.fd, nil
+}
+
+func openAsUser(dir string, u User) (int, error) {
+	// Per thread, by raw call: the C library's setgroups would change the whole
+	// process (nptl(7)).
+	if _, _, e := unix.RawSyscall(unix.SYS_SETGROUPS, 0, 0, 0); e != 0 {
+		return -1, e
+	}
+	_ = unix.Setfsgid(u.GID)
+	_ = unix.Setfsuid(u.UID)
+	// setfsuid(2) has no error: ask again what is in force.
+	if uid, _ := unix.SetfsuidRetUid(-1); uid != u.UID {
+		return -1, fmt.Errorf("cannot take on uid %d", u.UID)
+	}
+	if err := mkdirAll(dir); err != nil {
+		return -1, err
+	}
+	return unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+}
+
+// mkdirAll is os.MkdirAll with 0700 for what is made.
+func mkdirAll(dir string) error {
+	if fi, err := os.Stat(dir); err == nil {
+		if !fi.IsDir() {
+			return unix.ENOTDIR
+		}
+		return nil
+	}
+	if err := mkdirAll(filepath.Dir(dir)); err != nil {
+		return err
+	}
+	if err := unix.Mkdir(dir, 0o700); err != nil && err != unix.EEXIST {
+		return err
+	}
+	return nil
+}
+
+// checkUserDir refuses a directory that a symlink of the user's may have led
+// to: it must be the user's own, or, where sealed, root's and empty.
+func checkUserDir(fd int, m Mount, u User) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return err
+	}
+	sealedAlready := m.Sealed && st.Uid == 0 && st.Mode&0o222 == 0
+	if int(st.Uid) != u.UID && !sealedAlready {
+		return &MountPointError{m.Target, fmt.Sprintf("belongs to uid %d, not to %s", st.Uid, u.Name)}
+	}
+	if !m.Sealed {
+		return nil
+	}
+	self := fmt.Sprintf("/proc/self/fd/%d", fd)
+	d, err := os.Open(self)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	if names, err := d.Readdirnames(1); err == nil && len(names) > 0 {
+		return &MountPointError{m.Target, "is not empty: it would be hidden while the keep is open"}
+	} else if err != nil && err != io.EOF {
+		return err
+	}
+	if sealedAlready {
+		return nil
+	}
+	if err := unix.Fchown(int(d.Fd()), 0, 0); err != nil {
+		return err
+	}
+	return unix.Fchmod(int(d.Fd()), 0o555)
+}
+
+// Undo unmounts list in reverse order. What is not mounted is passed over; the
+// first mount that is busy stops it with *BusyError, and the mounts below it
+// stay: a view is never half torn from under a process that uses it.
+func Undo(list []Mount) error {
+	for i := len(list) - 1; i >= 0; i-- {
+		err := unix.Unmount(list[i].Target, unix.UMOUNT_NOFOLLOW)
+		switch {
+		case err == nil, err == unix.EINVAL, err == unix.ENOENT:
+		case err == unix.EBUSY:
+			return &BusyError{list[i].Target}
+		default:
+			return fmt.Errorf("unmount %s: %w", list[i].Target, err)
+		}
+	}
+	return nil
+}
+
+// Remount drops what the overlay remembers of names that were missing before
+// the lower store grew. The new mount API refuses this for overlayfs; the old
+// call with an empty source and no data works, also when busy.
+func Remount() error {
+	return unix.Mount("", "/nix/store", "", unix.MS_REMOUNT|storeFlags, "")
+}

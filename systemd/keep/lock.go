@@ -1,0 +1,506 @@
+package keep
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+
+	"overkeep/crypt/crashpoint"
+	"overkeep/crypt/slot"
+	"overkeep/crypt/volume"
+	"overkeep/overlay/holder"
+	"overkeep/overlay/layout"
+	"overkeep/overlay/view"
+)
+
+// LockMode says what happens to what holds a keep.
+type LockMode string
+
+const (
+	LockRefuse LockMode = ""     // name the holders and give up: nothing was taken from them
+	LockWait   LockMode = "wait" // refuse new work and wait until they are done
+	LockKill   LockMode = "kill" // end them: SIGTERM, then SIGKILL
+)
+
+// LockResult says what Lock did.
+type LockResult struct {
+	Keep    string          `json:"keep"`
+	Already bool            `json:"already"`         // it was locked before
+	Ended   []holder.Holder `json:"ended,omitempty"` // what LockKill brought to an end
+}
+
+// Times of the lock. They bound waiting; none is a condition for success.
+const (
+	keyGrace  = 2 * time.Second        // for files that the kernel is still evicting after an unmount
+	killGrace = 5 * time.Second        // between SIGTERM and SIGKILL
+	lookAgain = 100 * time.Millisecond // between two looks at holders that may let go without ending
+)
+
+// Lock closes the keep. It returns nil only with proof: every mount is gone in
+// every namespace, the kernel says that the key is absent, and names in the
+// encrypted directory are ciphertext. Else the error has CodeNotLocked and names
+// the holders.
+func (k *Keep) Lock(ctx context.Context, mode LockMode) (*LockResult, error) {
+	if err := requireRoot(); err != nil {
+		return nil, err
+	}
+	release, err := runLock(k.Keep)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	r, err := k.lock(ctx, mode)
+	if err != nil {
+		return nil, classified(err)
+	}
+	return r, nil
+}
+
+// lock is Lock with the run lock held.
+//
+// The order is that of the proof: first look who holds the keep, so that a
+// refusal changes nothing; refuse new work; end or wait for holders; unmount;
+// remove the key; prove; only then forget the namespace.
+func (k *Keep) lock(ctx context.Context, mode LockMode) (*LockResult, error) {
+	ns, err := existingNamespace(k.Keep)
+	if err != nil {
+		return nil, err
+	}
+	pinned := ns != nil
+	if !pinned {
+		if err := ensureRunDirs(k.Keep, k.Header.UID, 0); err != nil {
+			return nil, err
+		}
+		if ns, err = privateNamespace(); err != nil {
+			return nil, err
+		}
+	}
+	defer ns.Close()
+	req := request{Root: k.Root, Name: k.Name, StateDir: k.StateDir(), Header: k.Header, Locking: mode}
+	if u, err := k.Header.viewUser(); err == nil {
+		req.User = u
+	}
+	result := &LockResult{Keep: k.Name}
+	event := func(name string, v json.RawMessage) {
+		var hs []holder.Holder
+		switch {
+		case name == "waiting" && json.Unmarshal(v, &hs) == nil:
+			k.m.progress(fmt.Sprintf("waiting for %d holders, first %s", len(hs), hs[0]))
+		case name == "ended" && json.Unmarshal(v, &hs) == nil:
+			result.Ended = append(result.Ended, hs...)
+		}
+	}
+	crashpoint.At("lock.close")
+	var closed closeResult
+	if _, err := k.m.child(ctx, "close", req, childOptions{ns: ns, event: event}, &closed); err != nil {
+		return nil, err
+	}
+	result.Already = closed.Already && !pinned
+	crashpoint.At("lock.unpin")
+	if err := k.forgetNamespace(ns); err != nil {
+		return nil, err
+	}
+	return result, nil
+}
+
+// forgetNamespace drops the pin and the run directories, unless sessions still
+// live in the namespace: the next unlock then opens the keep where they are.
+func (k *Keep) forgetNamespace(ns *view.Namespace) error {
+	ino, err := ns.Inode()
+	if err != nil {
+		return err
+	}
+	if inhabited(ino) {
+		_ = os.Remove(k.RunState())
+		return nil
+	}
+	if err := view.Unpin(k.NamespaceDir()); err != nil {
+		return err
+	}
+	removeRunDirs(k.Keep)
+	return nil
+}
+
+// inhabited reports whether a process lives in the mount namespace.
+func inhabited(ns uint64) bool {
+	want := fmt.Sprintf("mnt:[%d]", ns)
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return true
+	}
+	for _, e := range entries {
+		if _, err := strconv.Atoi(e.Name()); err != nil {
+			continue
+		}
+		if l, err := os.Readlink(filepath.Join("/proc", e.Name(), "ns/mnt")); err == nil && l == want {
+			return true
+		}
+	}
+	return false
+}
+
+type closeResult struct {
+	Already bool `json:"already"`
+}
+
+// opClose is the lock itself, run inside the namespace. It can be repeated from
+// wherever an earlier one was interrupted.
+func opClose(ctx context.Context, c *call) (any, error) {
+	l, err := newLocker(c)
+	if err != nil {
+		return nil, err
+	}
+	// A look before anything is changed, so that a refusal changes nothing.
+	if c.Locking == LockRefuse {
+		if hs := l.holders(ctx, l.own()); len(hs) > 0 {
+			return nil, l.notLocked("the keep is in use", hs)
+		}
+	}
+	l.stopSupervisor(c.Locking)
+	for {
+		err := l.attempt(ctx)
+		if err == nil {
+			return closeResult{l.already}, nil
+		}
+		var vb *volume.BusyError
+		var wb *view.BusyError
+		var ub *holder.UnmountError
+		if !errors.As(err, &vb) && !errors.As(err, &wb) && !errors.As(err, &ub) && !errors.Is(err, errHeld) {
+			return nil, err
+		}
+		hs := l.holders(ctx, nil)
+		if err := l.deal(ctx, err, hs); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// opHolders looks who holds the keep.
+func opHolders(ctx context.Context, c *call) (any, error) {
+	l, err := newLocker(c)
+	if err != nil {
+		return nil, err
+	}
+	return l.holders(ctx, l.own()), nil
+}
+
+// errHeld says that processes hold the keep; they are looked up again.
+var errHeld = errors.New("the keep is in use")
+
+// locker is the lock in progress.
+type locker struct {
+	c       *call
+	spec    volume.Spec
+	id      volume.ID
+	list    []view.Mount
+	target  holder.Target
+	already bool
+	tries   int
+}
+
+func newLocker(c *call) (*locker, error) {
+	set, _, err := slot.Load(c.slotsDir())
+	if err != nil {
+		return nil, err
+	}
+	l := &locker{c: c, spec: c.spec(), id: volumeID(set)}
+	if l.list, err = view.Mounts(c.k, c.User, view.Options{WorkDir: c.Header.WorkDir}); err != nil {
+		return nil, err
+	}
+	if err := l.describe(); err != nil {
+		return nil, err
+	}
+	st, err := volume.KeyStatus(l.spec, l.id)
+	l.already = err == nil && st == volume.Absent && len(l.target.Mounts) == 0
+	return l, nil
+}
+
+// describe says what is to be freed, by the mounts of the namespace this process
+// lives in. They go one by one, so the first description is kept for whoever has
+// to finish the lock.
+func (l *locker) describe() error {
+	self, err := os.Open("/proc/self/ns/mnt")
+	if err != nil {
+		return err
+	}
+	defer self.Close()
+	infos, err := mountinfo.GetMounts(nil)
+	if err != nil {
+		return err
+	}
+	k := l.c.k
+	var points []string
+	for _, m := range l.list {
+		// The two sockets' directories are the host's, not the keep's.
+		own := m.Kind == view.Overlay || strings.HasPrefix(m.Source, k.Volume()+"/")
+		if own && mountedAt(infos, m.Target, &m) {
+			points = append(points, m.Target)
+		}
+	}
+	for _, p := range []string{k.Volume(), k.FSMount()} {
+		if mountedAt(infos, p, nil) {
+			points = append(points, p)
+		}
+	}
+	var files []string
+	if l.spec.FSImage != "" {
+		files = append(files, l.spec.FSImage)
+	}
+	if l.target, err = holder.Describe(self, points, files...); err != nil {
+		return err
+	}
+	file := filepath.Join(k.RunDir(), "target.json")
+	var before holder.Target
+	if b, err := readSmall(file, 1<<20); err == nil && strictJSON(b, &before) == nil && before.Namespace == l.target.Namespace {
+		l.target = merge(before, l.target)
+	}
+	if len(points) == 0 {
+		return nil
+	}
+	return writeFile(file, encode(l.target), 0o600)
+}
+
+// merge joins what an interrupted lock had described with what is there now.
+func merge(a, b holder.Target) holder.Target {
+	a.Devices = union(a.Devices, b.Devices)
+	a.Overlays = union(a.Overlays, b.Overlays)
+	a.Trees = union(a.Trees, b.Trees)
+	a.Mounts = append(a.Mounts, b.Mounts...)
+	a.Files = union(a.Files, b.Files)
+	return a
+}
+
+func union[T comparable](a, b []T) []T {
+	for _, x := range b {
+		if !slices.Contains(a, x) {
+			a = append(a, x)
+		}
+	}
+	return a
+}
+
+// notLocked is the error that names the holders.
+func (l *locker) notLocked(why string, hs []holder.Holder) error {
+	return &Error{Code: CodeNotLocked, Name: l.c.Name, Holders: hs,
+		Message: fmt.Sprintf("keep %q is NOT locked: %s", l.c.Name, why)}
+}
+
+// deal applies the lock mode to what holds the keep: nil means try again.
+func (l *locker) deal(ctx context.Context, why error, hs []holder.Holder) error {
+	l.tries++
+	if len(hs) == 0 {
+		// Something let go between the attempt and the look, or it is one of the
+		// few things that show nowhere in /proc.
+		if l.tries < 20 {
+			return sleep(ctx, lookAgain)
+		}
+		return l.notLocked(why.Error()+", and nothing in /proc shows who", nil)
+	}
+	switch l.c.Locking {
+	case LockKill:
+		var procs, others []holder.Holder
+		for _, h := range hs {
+			if h.PID > 0 {
+				procs = append(procs, h)
+			} else {
+				others = append(others, h)
+			}
+		}
+		if len(procs) == 0 {
+			return l.notLocked("held by what is no process", others)
+		}
+		ctx, cancel := context.WithTimeout(ctx, 2*killGrace)
+		defer cancel()
+		if err := holder.End(ctx, procs, killGrace); err != nil {
+			return l.notLocked(err.Error(), hs)
+		}
+		l.c.event("ended", procs)
+		return nil
+	case LockWait:
+		l.c.event("waiting", hs)
+		l.tries = 0
+		if err := sleep(ctx, lookAgain); err != nil {
+			return l.notLocked("interrupted while waiting", hs)
+		}
+		return nil
+	}
+	return l.notLocked("the keep is in use", hs)
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-t.C:
+		return nil
+	}
+}
+
+// supervisorPID returns the supervisor's pid if it is still that process.
+func supervisorPID(k layout.Keep) int {
+	b, err := readSmall(k.RunState(), maxHeader)
+	if err != nil {
+		return 0
+	}
+	var s runState
+	if strictJSON(b, &s) != nil {
+		return 0
+	}
+	if start, err := processStart(s.Supervisor); err != nil || start != s.Start {
+		return 0
+	}
+	return s.Supervisor
+}
+
+// own are the supervisor and its idle daemon: they end with the lock and hold
+// nothing against it.
+func (l *locker) own() map[int]bool {
+	pid := supervisorPID(l.c.k)
+	own := map[int]bool{}
+	if pid == 0 {
+		return own
+	}
+	own[pid] = true
+	for _, c := range children(pid) {
+		own[c] = true // the daemon; its workers are children of its own
+	}
+	return own
+}
+
+// stopSupervisor refuses new work and ends the supervisor. With workers left it
+// stays to answer them for the system store, unless everything is to be killed.
+func (l *locker) stopSupervisor(mode LockMode) {
+	pid := supervisorPID(l.c.k)
+	if pid == 0 {
+		return
+	}
+	crashpoint.At("lock.drain")
+	answer, err := control(l.c.k, "drain")
+	if err == nil && mode != LockKill && answer != "workers 0" {
+		return
+	}
+	if err == nil {
+		_, err = control(l.c.k, "stop")
+	}
+	fd, perr := unix.PidfdOpen(pid, 0)
+	if perr != nil {
+		return
+	}
+	defer unix.Close(fd)
+	if err != nil {
+		_ = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
+	}
+	_, _ = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(killGrace.Milliseconds()))
+}
+
+// control sends one line to the supervisor and returns its answer.
+func control(k layout.Keep, line string) (string, error) {
+	conn, err := net.DialTimeout("unix", filepath.Join(k.LowerSocketDir(), "control"), time.Second)
+	if err != nil {
+		return "", err
+	}
+	defer conn.Close()
+	_ = conn.SetDeadline(time.Now().Add(2 * killGrace))
+	if _, err := fmt.Fprintln(conn, line); err != nil {
+		return "", err
+	}
+	s, err := bufio.NewReader(conn).ReadString('\n')
+	return strings.TrimSpace(s), err
+}
+
+// attempt goes through the lock once, from the mounts to the proof.
+func (l *locker) attempt(ctx context.Context) error {
+	if supervisorPID(l.c.k) != 0 {
+		// Workers were left; are they done now?
+		if answer, err := control(l.c.k, "drain"); err == nil && answer != "workers 0" {
+			return errHeld
+		}
+		l.stopSupervisor(LockKill)
+	}
+	crashpoint.At("lock.copies")
+	if err := l.unmountCopies(ctx); err != nil {
+		return err
+	}
+	crashpoint.At("lock.view")
+	if err := view.Undo(l.list); err != nil {
+		return err
+	}
+	// And whatever else of the keep is mounted here: binds that a session made,
+	// or mount points that the user has moved since.
+	if err := unmountOwn(l.target); err != nil {
+		return err
+	}
+	if err := volume.Unmount(l.c.k.Volume()); err != nil {
+		return err
+	}
+	crashpoint.At("lock.key")
+	if err := removeKey(ctx, l.spec, l.id); err != nil {
+		return err
+	}
+	if err := volume.ProveLocked(l.spec, l.id, innerNames...); err != nil {
+		return err
+	}
+	crashpoint.At("lock.detach")
+	ctx, cancel := context.WithTimeout(ctx, keyGrace)
+	defer cancel()
+	return volume.DetachFS(ctx, l.spec)
+}
+
+func unmountOwn(t holder.Target) error {
+	self, err := os.Open("/proc/self/ns/mnt")
+	if err != nil {
+		return err
+	}
+	defer self.Close()
+	return holder.UnmountIn(self, t)
+}
+
+// removeKey repeats until the kernel says that no file has the key any more.
+func removeKey(ctx context.Context, spec volume.Spec, id volume.ID) error {
+	ctx, cancel := context.WithTimeout(ctx, keyGrace)
+	defer cancel()
+	return volume.RemoveKeyWait(ctx, spec, id)
+}
+
+// unmountCopies unmounts the keep in every other namespace that inherited it.
+func (l *locker) unmountCopies(ctx context.Context) error {
+	copies, err := holder.Namespaces(ctx, l.target)
+	var incomplete *holder.IncompleteError
+	if err != nil && !errors.As(err, &incomplete) {
+		return err // what could not be looked at is left to the kernel's word on the key
+	}
+	defer func() {
+		for _, n := range copies {
+			n.Close()
+		}
+	}()
+	for _, n := range copies {
+		if n.Inode == l.target.Namespace {
+			continue
+		}
+		if err := holder.UnmountIn(n.File, l.target); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// holders names what holds the keep; incomplete looks are as good as none.
+func (l *locker) holders(ctx context.Context, skip map[int]bool) []holder.Holder {
+	hs, _ := holder.Scan(ctx, l.target, func(pid int) bool { return pid == os.Getpid() || skip[pid] })
+	return hs
+}

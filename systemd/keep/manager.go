@@ -1,0 +1,245 @@
+package keep
+
+import (
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sort"
+	"strings"
+
+	"github.com/google/renameio/v2"
+	"golang.org/x/sys/unix"
+
+	"overkeep/overlay/layout"
+)
+
+// Manager acts on the keeps below one root. The zero value is not usable; Exe
+// must be set.
+type Manager struct {
+	Root string // "" means "/"
+	// Exe is the program whose hidden "internal" verb calls ChildMain,
+	// normally /proc/self/exe.
+	Exe string
+	// Progress receives one short line for a step that may take long; nil for none.
+	Progress func(string)
+}
+
+func (m *Manager) progress(s string) {
+	if m.Progress != nil {
+		m.Progress(s)
+	}
+}
+
+// Keep is one existing keep.
+type Keep struct {
+	layout.Keep
+	Header *Header
+	m      *Manager
+}
+
+// Open reads the header of the keep name.
+func (m *Manager) Open(name string) (*Keep, error) {
+	k, err := layout.New(m.Root, name)
+	if err != nil {
+		return nil, classified(err)
+	}
+	h, err := readHeader(k.Header(), name)
+	if err != nil {
+		return nil, err
+	}
+	return &Keep{Keep: k, Header: h, m: m}, nil
+}
+
+// List returns the names of all keeps, sorted. A directory whose header is
+// damaged is listed too: Open says what is wrong with it.
+func (m *Manager) List() ([]string, error) {
+	root, err := layout.CheckRoot(m.Root)
+	if err != nil {
+		return nil, classified(err)
+	}
+	entries, err := os.ReadDir(layout.StateRoot(root))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, classified(err)
+	}
+	var names []string
+	for _, e := range entries {
+		if e.IsDir() && !strings.HasPrefix(e.Name(), ".") {
+			names = append(names, e.Name())
+		}
+	}
+	sort.Strings(names)
+	return names, nil
+}
+
+// Pick returns the keep called name or, when name is empty, the one keep of
+// user, or the only keep there is.
+func (m *Manager) Pick(name, user string) (*Keep, error) {
+	if name != "" {
+		return m.Open(name)
+	}
+	names, err := m.List()
+	if err != nil {
+		return nil, err
+	}
+	var mine []*Keep
+	for _, n := range names {
+		k, err := m.Open(n)
+		if err != nil {
+			if len(names) == 1 {
+				return nil, err
+			}
+			continue
+		}
+		if len(names) == 1 || k.Header.User == user {
+			mine = append(mine, k)
+		}
+	}
+	switch len(mine) {
+	case 1:
+		return mine[0], nil
+	case 0:
+		if len(names) == 0 {
+			return nil, errorf(CodeNoKeep, "", "there is no keep yet")
+		}
+		return nil, errorf(CodeUsage, "", "which keep? there are %s", strings.Join(names, ", "))
+	}
+	return nil, errorf(CodeUsage, "", "user %q has more than one keep: name one", user)
+}
+
+// runLock takes the keep's run lock, waiting for nobody: two commands at once on
+// one keep is a mistake that the second is told about.
+func runLock(k layout.Keep) (release func(), err error) {
+	if err := os.MkdirAll(layout.RunRoot(k.Root), 0o755); err != nil {
+		return nil, classified(err)
+	}
+	if err := os.Chmod(layout.RunRoot(k.Root), 0o755); err != nil {
+		return nil, classified(err)
+	}
+	f, err := os.OpenFile(k.RunLock(), os.O_CREATE|os.O_RDWR|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, classified(err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return nil, errorf(CodeBusyRun, k.Name, "another overkeep command is working on keep %q", k.Name)
+	}
+	// The file stays: removing a lock file lets two holders lock two files.
+	return func() { f.Close() }, nil
+}
+
+func requireRoot() error {
+	if os.Geteuid() != 0 {
+		return errorf(CodeNotRoot, "", "this needs root: mounts, namespaces and kernel keys")
+	}
+	return nil
+}
+
+// ensureRunDirs makes the run-time directories of k with their owners.
+func ensureRunDirs(k layout.Keep, uid, gid int) error {
+	if err := checkParents(k.RunDir()); err != nil {
+		return err
+	}
+	for _, d := range []struct {
+		path string
+		mode os.FileMode
+		own  bool
+	}{
+		{layout.RunRoot(k.Root), 0o755, false},
+		{k.RunDir(), 0o755, false},
+		{k.Volume(), 0o755, false},
+		{k.FSMount(), 0o700, false},
+		{k.SystemSocketDir(), 0o700, false},
+		{k.LowerSocketDir(), 0o700, false},
+		{k.SocketDir(), 0o700, true},
+		{k.NixConfDir(), 0o755, false},
+		{k.NamespaceDir(), 0o700, false},
+	} {
+		// The mode is set, not asked for: the command runs with umask 077, and the
+		// user must be able to pass through.
+		if err := os.MkdirAll(d.path, d.mode); err != nil {
+			return classified(err)
+		}
+		if err := os.Chmod(d.path, d.mode); err != nil {
+			return classified(err)
+		}
+		if d.own {
+			if err := os.Lchown(d.path, uid, gid); err != nil {
+				return classified(err)
+			}
+		}
+	}
+	return nil
+}
+
+// removeRunDirs takes ensureRunDirs back, file by known file: what something
+// unexpected still lies in or is mounted on stays, and is seen.
+func removeRunDirs(k layout.Keep) {
+	for _, f := range []string{
+		k.RunState(), filepath.Join(k.RunDir(), "target.json"), k.RemountHook(), filepath.Join(k.NixConfDir(), "nix.conf"),
+		filepath.Join(k.SocketDir(), "socket"), filepath.Join(k.LowerSocketDir(), "socket"),
+		filepath.Join(k.LowerSocketDir(), "control"), supervisorLock(k),
+	} {
+		_ = os.Remove(f)
+	}
+	for _, d := range []string{
+		k.Volume(), k.FSMount(), k.SystemSocketDir(), k.LowerSocketDir(),
+		k.SocketDir(), k.NixConfDir(), k.NamespaceDir(), k.RunDir(),
+	} {
+		_ = os.Remove(d)
+	}
+}
+
+// checkParents refuses a run directory below a world-writable one or a symlink:
+// Nix refuses to build there, and another user could swap a component.
+func checkParents(dir string) error {
+	for p := filepath.Dir(dir); ; p = filepath.Dir(p) {
+		var st unix.Stat_t
+		if err := unix.Lstat(p, &st); err == nil {
+			if st.Mode&unix.S_IFMT == unix.S_IFLNK {
+				return errorf(CodeUsage, p, "%q is a symlink: Nix does not build below one; give the real path with --root", p)
+			}
+			if st.Mode&0o002 != 0 || st.Uid != 0 {
+				return errorf(CodeUsage, p, "%q can be changed by others than root: a keep cannot be opened below it", p)
+			}
+		}
+		if p == "/" {
+			return nil
+		}
+	}
+}
+
+// writeFile replaces path atomically and durably.
+func writeFile(path string, data []byte, mode os.FileMode) error {
+	return renameio.WriteFile(path, data, mode, renameio.IgnoreUmask())
+}
+
+// syncDir makes renames and unlinks in dir durable.
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}
+
+// nixPath is where stock Nix is looked for, in this order.
+var nixPath = []string{
+	"/run/current-system/sw/bin", "/nix/var/nix/profiles/default/bin",
+	"/usr/local/bin", "/usr/bin", "/bin",
+}
+
+// findProgram looks name up in nixPath.
+func findProgram(name string) (string, error) {
+	for _, d := range nixPath {
+		p := filepath.Join(d, name)
+		if fi, err := os.Stat(p); err == nil && fi.Mode().IsRegular() && fi.Mode()&0o111 != 0 {
+			return p, nil
+		}
+	}
+	return "", &exec.Error{Name: name, Err: exec.ErrNotFound}
+}

@@ -1,0 +1,344 @@
+package keep
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"filippo.io/age"
+	"filippo.io/age/plugin"
+	"golang.org/x/sys/unix"
+	"golang.org/x/term"
+
+	"overkeep/crypt/crashpoint"
+	"overkeep/crypt/secret"
+	"overkeep/crypt/slot"
+	"overkeep/crypt/volume"
+	"overkeep/overlay/layout"
+	"overkeep/overlay/view"
+)
+
+// Names of the secrets on the pipe.
+const (
+	secretPassphrase    = "passphrase"
+	secretIdentity      = "identity" // the text of an identity file
+	secretNewPassphrase = "new-passphrase"
+)
+
+// spec is the volume of the keep in hand.
+func (c *call) spec() volume.Spec { return c.Header.spec(c.k, c.StateDir) }
+
+func (c *call) slotsDir() string { return filepath.Join(c.StateDir, "slots") }
+
+// keys are what the caller gave to open a slot with.
+func (c *call) keys() (slot.Keys, error) {
+	keys := slot.Keys{Passphrase: c.secrets[secretPassphrase], MaxLogN: slot.DefaultMaxLogN}
+	if c.Salvage != "" {
+		keys.IgnoreDamaged = []string{c.Salvage}
+	}
+	id := c.secrets[secretIdentity]
+	if id.Len() == 0 {
+		return keys, nil
+	}
+	ids, err := slot.ParseIdentities(bytes.NewReader(id.Bytes()), terminalUI(), askSSHPassphrase)
+	if err != nil {
+		return keys, err
+	}
+	keys.Identities = ids
+	return keys, nil
+}
+
+func terminalUI() *plugin.ClientUI {
+	say := func(format string, v ...any) { fmt.Fprintf(os.Stderr, "overkeep: "+format+"\n", v...) }
+	return plugin.NewTerminalUI(say, say)
+}
+
+func askSSHPassphrase() (*secret.Bytes, error) {
+	tty, err := os.OpenFile("/dev/tty", os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer tty.Close()
+	fmt.Fprint(tty, "Passphrase of the SSH key: ")
+	defer fmt.Fprintln(tty)
+	b, err := term.ReadPassword(int(tty.Fd()))
+	if err != nil {
+		return nil, err
+	}
+	return secret.From(b)
+}
+
+// openSlots loads the set and opens the master key with what the caller gave.
+func (c *call) openSlots() (set *slot.Set, files slot.Files, master *secret.Bytes, name string, err error) {
+	if set, files, err = slot.Load(c.slotsDir()); err != nil {
+		return
+	}
+	if set.KeepID != c.Header.ID {
+		err = &slot.TamperError{Reason: slot.Moved}
+		return
+	}
+	keys, err := c.keys()
+	if err != nil {
+		return
+	}
+	master, name, err = set.Open(files, keys, c.Slot)
+	return
+}
+
+func volumeID(set *slot.Set) volume.ID {
+	return volume.ID{Protector: set.Protector, Policy: set.Policy}
+}
+
+// opCreate makes the volume and the slots in the directory that init builds. The
+// recovery key goes back to the caller and is written nowhere.
+func opCreate(ctx context.Context, c *call) (any, error) {
+	master, err := secret.Random(32)
+	if err != nil {
+		return nil, err
+	}
+	defer master.Wipe()
+	protector, err := volume.ProtectorDescriptor(master)
+	if err != nil {
+		return nil, err
+	}
+	// Recorded first: a later init finds by it what a killed one left behind.
+	crashpoint.At("init.protector")
+	if err := writeFile(filepath.Join(c.StateDir, "protector"), []byte(protector), 0o600); err != nil {
+		return nil, err
+	}
+	crashpoint.At("init.header")
+	if err := writeFile(filepath.Join(c.StateDir, "keep.json"), encode(c.Header), 0o600); err != nil {
+		return nil, err
+	}
+	spec := c.spec()
+	spec.Preallocate = c.Prealloc
+	id, err := volume.Create(ctx, spec, master, "overkeep-"+c.Name)
+	if err != nil {
+		return nil, err
+	}
+	undo := func(err error) (any, error) {
+		return nil, errors.Join(err, volume.Destroy(ctx, spec, id))
+	}
+	c.event("step", "volume made")
+
+	set := slot.NewSet(slot.Binding{KeepID: c.Header.ID, Protector: id.Protector, Policy: id.Policy})
+	files := map[string][]byte{}
+	now := time.Now().UTC().Truncate(time.Second)
+	pass, err := slot.NewPassphraseRecipient(c.secrets[secretNewPassphrase], c.LogN)
+	if err != nil {
+		return undo(err)
+	}
+	recovery, recoveryTo, err := slot.NewRecovery()
+	if err != nil {
+		return undo(err)
+	}
+	defer recovery.Wipe()
+	for _, s := range []struct {
+		slot slot.Slot
+		to   age.Recipient
+	}{
+		{slot.Slot{Name: "passphrase", Kind: slot.Passphrase, Created: now}, pass},
+		{slot.Slot{Name: "recovery", Kind: slot.X25519, Role: slot.Recovery, Created: now}, recoveryTo},
+	} {
+		if files[s.slot.Name], err = slot.Wrap(master, s.to); err != nil {
+			return undo(err)
+		}
+		if set, err = set.Add(s.slot); err != nil {
+			return undo(err)
+		}
+	}
+	if err := slot.Commit(c.slotsDir(), set, files, master); err != nil {
+		return undo(err)
+	}
+	c.event("step", "slots made")
+
+	err = withVolume(ctx, spec, id, master, c.k.Volume(), func() error {
+		return c.populate(set.Epoch)
+	})
+	if err != nil {
+		return undo(err)
+	}
+	return nil, c.give(recovery)
+}
+
+// withVolume opens the volume for f in this process's own namespace and locks
+// it again, with proof.
+func withVolume(ctx context.Context, spec volume.Spec, id volume.ID, master *secret.Bytes, at string, f func() error) error {
+	if err := volume.Open(ctx, spec, id, master, at); err != nil {
+		return err
+	}
+	err := f()
+	return errors.Join(err, closeVolume(ctx, spec, id, at))
+}
+
+// closeVolume unmounts and removes the key; nil only with proof.
+func closeVolume(ctx context.Context, spec volume.Spec, id volume.ID, at string) error {
+	if err := volume.Unmount(at); err != nil {
+		return err
+	}
+	if err := removeKey(ctx, spec, id); err != nil {
+		return err
+	}
+	return volume.DetachFS(ctx, spec)
+}
+
+// innerNames are the top-level names of a volume's plaintext.
+var innerNames = []string{"keep.json", "store", "nix", "log", "builds", "daemon", "tmp", "home"}
+
+// populate lays out an empty volume.
+func (c *call) populate(epoch uint64) error {
+	k, u := c.k, c.User
+	for _, d := range []struct {
+		path     string
+		mode     os.FileMode
+		uid, gid int
+	}{
+		{k.Volume(), 0o755, 0, 0},
+		{k.StoreDir(), 0o700, 0, 0},
+		{k.Upper(), 0o1775, 0, 0},
+		{k.Work(), 0o700, 0, 0},
+		{k.NixState(), 0o755, 0, 0},
+		{k.Log(), 0o755, 0, 0},
+		{k.Builds(), 0o755, 0, 0},
+		{k.DaemonHome(), 0o700, 0, 0},
+		{k.Tmp(), 0o700, u.UID, u.GID},
+		{k.Home(""), 0o755, 0, 0},
+		{k.Home("cache"), 0o700, u.UID, u.GID},
+		{k.Home("state"), 0o700, u.UID, u.GID},
+		{k.Home("share"), 0o700, u.UID, u.GID},
+		{k.Home("work"), 0o700, u.UID, u.GID},
+	} {
+		if err := os.Mkdir(d.path, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+			return err
+		}
+		if err := os.Lchown(d.path, d.uid, d.gid); err != nil {
+			return err
+		}
+		if err := unix.Chmod(d.path, uint32(d.mode.Perm())|stickyBit(d.mode)); err != nil {
+			return err
+		}
+	}
+	return c.writeInner(epoch)
+}
+
+func stickyBit(m os.FileMode) uint32 {
+	if m&0o1000 != 0 { // written in octal above, as chmod(2) reads it
+		return unix.S_ISVTX
+	}
+	return 0
+}
+
+// writeInner pins the header and the epoch inside the volume, durably.
+func (c *call) writeInner(epoch uint64) error {
+	crashpoint.At("keep.inner-header")
+	return writeFile(c.k.InnerHeader(), encode(innerHeader{*c.Header, epoch}), 0o600)
+}
+
+// checkInner compares the public header and the set's epoch with what is pinned
+// inside, and rolls the inner epoch forward after an interrupted key change.
+func (c *call) checkInner(epoch uint64) error {
+	b, err := readSmall(c.k.InnerHeader(), maxHeader)
+	if err != nil {
+		return errorf(CodeDamaged, c.Name, "the header inside keep %q: %w", c.Name, err)
+	}
+	var in innerHeader
+	if err := strictJSON(b, &in); err != nil {
+		return errorf(CodeDamaged, c.Name, "the header inside keep %q: %w", c.Name, err)
+	}
+	a, b2 := in.Header, *c.Header
+	a.FSImage, b2.FSImage = "", "" // the file may be moved
+	x, _ := json.Marshal(a)
+	y, _ := json.Marshal(b2)
+	if !bytes.Equal(x, y) {
+		return errorf(CodeTampered, c.Name, "the public header of keep %q is not the one pinned inside the volume", c.Name)
+	}
+	forward, err := slot.CheckEpoch(epoch, in.Epoch)
+	if err != nil {
+		return err
+	}
+	if forward {
+		return c.writeInner(epoch)
+	}
+	return nil
+}
+
+// openResult says what opened the keep.
+type openResult struct {
+	Slot string `json:"slot"`
+}
+
+// opOpen opens the volume with one of the slots and makes the view around it.
+// Nothing is left behind when a step fails.
+func opOpen(ctx context.Context, c *call) (any, error) {
+	set, _, master, name, err := c.openSlots()
+	if err != nil {
+		return nil, err
+	}
+	defer master.Wipe()
+	c.event("key", openResult{name})
+	if c.Restart {
+		return openResult{name}, nil
+	}
+	spec, id := c.spec(), volumeID(set)
+	crashpoint.At("unlock.key")
+	if err := volume.Open(ctx, spec, id, master, c.k.Volume()); err != nil {
+		return nil, err
+	}
+	master.Wipe()
+	list, err := c.arrange(set.Epoch)
+	if err == nil {
+		crashpoint.At("unlock.view")
+		err = view.Make(list, c.User)
+	}
+	if err != nil {
+		return nil, errors.Join(err, closeVolume(context.WithoutCancel(ctx), spec, id, c.k.Volume()))
+	}
+	crashpoint.At("unlock.made")
+	return openResult{name}, nil
+}
+
+// arrange checks what is pinned inside the volume, gives the upper store the
+// owner and mode of the system store, and writes the daemon's settings.
+func (c *call) arrange(epoch uint64) ([]view.Mount, error) {
+	if err := c.checkInner(epoch); err != nil {
+		return nil, err
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(layout.NixStore, &st); err != nil {
+		return nil, errorf(CodeNoNix, layout.NixStore, "system store %q: %w", layout.NixStore, err)
+	}
+	// The merged directory shows the upper's owner and mode (overlayfs.rst).
+	if err := unix.Lchown(c.k.Upper(), int(st.Uid), int(st.Gid)); err != nil {
+		return nil, err
+	}
+	if err := unix.Chmod(c.k.Upper(), st.Mode&0o7777); err != nil {
+		return nil, err
+	}
+	if fi, err := os.Stat(layout.NixDaemonSocket); err != nil || !fi.IsDir() {
+		return nil, errorf(CodeNoNix, layout.NixDaemonSocket, "directory %q of the system's nix-daemon is missing", layout.NixDaemonSocket)
+	}
+	// Nix makes it with its first build; the view needs something to cover.
+	if err := os.MkdirAll(layout.NixLog, 0o755); err != nil {
+		return nil, err
+	}
+	conf := nixConfig(c.k, c.Header, c.Root)
+	if err := writeFile(filepath.Join(c.k.NixConfDir(), "nix.conf"), []byte(conf.Render()), 0o644); err != nil {
+		return nil, err
+	}
+	return view.Mounts(c.k, c.User, view.Options{WorkDir: c.Header.WorkDir})
+}
+
+// opVerify opens one slot, or proves that the given key opens one.
+func opVerify(ctx context.Context, c *call) (any, error) {
+	_, _, master, name, err := c.openSlots()
+	if err != nil {
+		return nil, err
+	}
+	defer master.Wipe()
+	return openResult{name}, nil
+}

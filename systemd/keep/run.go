@@ -1,0 +1,159 @@
+package keep
+
+import (
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"overkeep/overlay/view"
+)
+
+// Exec replaces this process by argv, as the keep's user in the keep's view. It
+// returns only on error. The keep must be unlocked: without the view a personal
+// operation is refused, never run beneath it.
+//
+// An empty argv means the user's login shell.
+func (k *Keep) Exec(argv []string, asRoot bool) error {
+	if err := requireRoot(); err != nil {
+		return err
+	}
+	ns, err := existingNamespace(k.Keep)
+	if err != nil {
+		return err
+	}
+	if ns == nil || supervisorPID(k.Keep) == 0 || !k.listening() {
+		return errorf(CodeLocked, k.Name, "keep %q is not unlocked", k.Name)
+	}
+	u, err := user.Lookup(k.Header.User)
+	if err != nil {
+		return errorf(CodeUsage, k.Header.User, "user %q: %w", k.Header.User, err)
+	}
+	if _, err := k.Header.viewUser(); err != nil {
+		return err
+	}
+	env := runEnv(os.Environ(), k, u, asRoot)
+	if len(argv) == 0 {
+		shell := loginShell(u.Username)
+		argv = []string{shell}
+		env = append(env, "SHELL="+shell)
+	}
+	cwd, _ := os.Getwd()
+	runtime.LockOSThread()
+	if err := ns.Enter(); err != nil {
+		return classified(err)
+	}
+	// Where the caller stood, if that is still there in the view; else home.
+	if cwd == "" || os.Chdir(cwd) != nil {
+		if os.Chdir(u.HomeDir) != nil {
+			_ = os.Chdir("/")
+		}
+	}
+	if !asRoot {
+		if err := becomeUser(u); err != nil {
+			return errorf(CodeInternal, u.Username, "become user %q: %w", u.Username, err)
+		}
+	}
+	path, err := lookPath(argv[0], env)
+	if err != nil {
+		return errorf(CodeUsage, argv[0], "command %q: %w", argv[0], err)
+	}
+	return errorf(CodeInternal, argv[0], "run %q: %w", argv[0], unix.Exec(path, argv, env))
+}
+
+// becomeUser takes on the user's groups and ids, on this thread: it is the one
+// that execs.
+func becomeUser(u *user.User) error {
+	uid, err := strconv.Atoi(u.Uid)
+	if err != nil {
+		return err
+	}
+	gid, err := strconv.Atoi(u.Gid)
+	if err != nil {
+		return err
+	}
+	ids, err := u.GroupIds()
+	if err != nil {
+		return err
+	}
+	groups := make([]int, 0, len(ids))
+	for _, s := range ids {
+		if n, err := strconv.Atoi(s); err == nil {
+			groups = append(groups, n)
+		}
+	}
+	if err := unix.Setgroups(groups); err != nil {
+		return err
+	}
+	if err := unix.Setresgid(gid, gid, gid); err != nil {
+		return err
+	}
+	return unix.Setresuid(uid, uid, uid)
+}
+
+// runEnv is the caller's environment with what belongs to the view. Variables
+// that would lead a Nix client elsewhere than to the personal daemon are dropped.
+func runEnv(env []string, k *Keep, u *user.User, asRoot bool) []string {
+	drop := map[string]bool{
+		"NIX_REMOTE": true, "NIX_STORE_DIR": true, "NIX_STATE_DIR": true, "NIX_LOG_DIR": true, "NIX_CONF_DIR": true,
+		"NIX_DAEMON_SOCKET_PATH": true, "TMPDIR": true, "TMP": true, "TEMP": true, "TEMPDIR": true,
+		"XDG_CACHE_HOME": true, "XDG_STATE_HOME": true, "XDG_DATA_HOME": true, "XDG_RUNTIME_DIR": true,
+		"HOME": true, "USER": true, "LOGNAME": true, "MAIL": true, "OVERKEEP_KEEP": true, "OVERKEEP_ROOT": true,
+	}
+	var out []string
+	for _, e := range env {
+		name, _, _ := strings.Cut(e, "=")
+		if !drop[name] && !strings.HasPrefix(name, "SUDO_") && !strings.HasPrefix(name, "OVERKEEP_CRASH_") {
+			out = append(out, e)
+		}
+	}
+	out = append(out, "HOME="+u.HomeDir, "USER="+u.Username, "LOGNAME="+u.Username)
+	if asRoot {
+		// Root may write the store directly, so Nix would pass the daemon by.
+		out = append(out, "NIX_REMOTE=daemon")
+	}
+	if rt := filepath.Join("/run/user", u.Uid); isDir(rt) {
+		out = append(out, "XDG_RUNTIME_DIR="+rt)
+	}
+	return append(out, view.Environment(k.Keep)...)
+}
+
+func isDir(p string) bool {
+	fi, err := os.Stat(p)
+	return err == nil && fi.IsDir()
+}
+
+func lookPath(name string, env []string) (string, error) {
+	if strings.Contains(name, "/") {
+		return name, nil
+	}
+	for _, e := range env {
+		if p, ok := strings.CutPrefix(e, "PATH="); ok {
+			for _, d := range filepath.SplitList(p) {
+				f := filepath.Join(d, name)
+				if fi, err := os.Stat(f); filepath.IsAbs(d) && err == nil && !fi.IsDir() && fi.Mode()&0o111 != 0 {
+					return f, nil
+				}
+			}
+		}
+	}
+	return "", exec.ErrNotFound
+}
+
+// loginShell reads the user's shell from the passwd database through getent(1),
+// which also knows users of other databases; /bin/sh when it tells none.
+func loginShell(name string) string {
+	out, err := exec.Command("getent", "passwd", name).Output()
+	if err == nil {
+		f := strings.Split(strings.TrimSpace(string(out)), ":")
+		if len(f) == 7 && filepath.IsAbs(f[6]) {
+			return f[6]
+		}
+	}
+	return "/bin/sh"
+}

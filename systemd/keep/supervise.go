@@ -1,0 +1,467 @@
+package keep
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"overkeep/crypt/crashpoint"
+	"overkeep/overlay/layout"
+	"overkeep/overlay/lower"
+	"overkeep/overlay/nixdb"
+	"overkeep/overlay/pins"
+	"overkeep/overlay/view"
+)
+
+// The supervisor is the one process that stays while a keep is unlocked. It
+// lives in the view, runs the personal nix-daemon, answers for the system store
+// (so that the system's collector never takes what the keep has been told is
+// there), keeps the pins, and makes the overlay see the system store grow. It
+// holds no file of the volume open itself.
+type superviseRequest struct {
+	Root      string    `json:"root"`
+	Name      string    `json:"name"`
+	User      view.User `json:"user"`
+	NixDaemon string    `json:"nix_daemon"`
+	Env       []string  `json:"env"`
+}
+
+// systemGCLock is held by the system's collector while it runs (gc.cc).
+const systemGCLock = "/nix/var/nix/gc.lock"
+
+const fdLowerDir = 3 // the system store, below the overlay
+
+type supervisor struct {
+	superviseRequest
+	k        layout.Keep
+	alone    *os.File // locked for as long as this process lives
+	personal *net.UnixListener
+	listenFD *os.File
+	lowerDir *os.File
+	cancel   context.CancelFunc // ends watches and proxy
+	starter  *starter
+
+	pinner   *pins.Pinner
+	watching sync.WaitGroup // what has the volume open now and then
+
+	mu       sync.Mutex
+	daemon   int           // pid of the personal nix-daemon, 0 when it does not run
+	starts   int           // since the last unlock
+	draining chan struct{} // nil while serving; closed when the daemon has gone
+}
+
+func superviseMain() int {
+	answer := func(err error) {
+		r := reply{Done: true}
+		if err != nil {
+			r.Error, _ = json.Marshal(Classify(err))
+		}
+		_ = json.NewEncoder(os.Stdout).Encode(r)
+	}
+	s := &supervisor{starter: newStarter(), lowerDir: os.NewFile(fdLowerDir, "system store")}
+	b, err := io.ReadAll(io.LimitReader(os.Stdin, 1<<20))
+	if err == nil {
+		err = strictJSON(b, &s.superviseRequest)
+	}
+	if err == nil {
+		s.k, err = layout.New(s.Root, s.Name)
+	}
+	if err != nil {
+		answer(err)
+		return 1
+	}
+	s.pinner = &pins.Pinner{Dir: pins.Dir{Path: s.k.Pins(), GCLock: systemGCLock}, Needs: s.needs}
+	// Orphaned workers of the daemon become ours, so that none is lost sight of.
+	_ = unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+	signal.Ignore(syscall.SIGHUP, syscall.SIGINT)
+	ctx, cancel := context.WithCancel(context.Background())
+	s.cancel = cancel
+	control, err := s.start(ctx)
+	answer(err)
+	if err != nil {
+		return 1
+	}
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err == nil {
+		for _, fd := range []int{0, 1, 2} {
+			_ = unix.Dup2(int(null.Fd()), fd)
+		}
+	}
+	term := make(chan os.Signal, 1)
+	signal.Notify(term, syscall.SIGTERM)
+	go func() {
+		<-term
+		s.drain()
+		os.Exit(0)
+	}()
+	s.serveControl(control)
+	return 0
+}
+
+// start brings up the sockets and the daemon; on return both sockets listen, and
+// a later command finds this process by its state file.
+func (s *supervisor) start(ctx context.Context) (*net.UnixListener, error) {
+	var err error
+	s.alone, err = os.OpenFile(supervisorLock(s.k), os.O_CREATE|os.O_RDWR|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(s.alone.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, errorf(CodeBusyRun, s.Name, "keep %q has a supervisor already", s.Name)
+	}
+	start, err := processStart(os.Getpid())
+	if err != nil {
+		return nil, err
+	}
+	crashpoint.At("supervise.state")
+	if err := writeFile(s.k.RunState(), encode(runState{os.Getpid(), start}), 0o600); err != nil {
+		return nil, err
+	}
+	lowerSock, err := listen(filepath.Join(s.k.LowerSocketDir(), "socket"), 0, 0)
+	if err != nil {
+		return nil, err
+	}
+	proxy := &lower.Proxy{
+		Upstream:    filepath.Join(s.k.SystemSocketDir(), "socket"),
+		GCLock:      systemGCLock,
+		BeforeClose: func(ctx context.Context) error { _, err := s.pinner.Add(ctx); return err },
+		AllowUID:    func(uid uint32) bool { return uid == 0 },
+	}
+	s.watching.Go(func() { _ = proxy.Serve(ctx, lowerSock) })
+
+	control, err := listen(filepath.Join(s.k.LowerSocketDir(), "control"), 0, 0)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.serve(); err != nil {
+		return nil, err
+	}
+	go s.reap()
+	s.watching.Go(func() { s.watchPins(ctx) })
+	go s.watchLower(ctx)
+	return control, nil
+}
+
+// serve opens the personal socket and starts the daemon on it. s.mu is held, or
+// nothing else runs yet.
+func (s *supervisor) serve() (err error) {
+	s.starts, s.draining = 0, nil
+	if s.personal, err = listen(filepath.Join(s.k.SocketDir(), "socket"), s.User.UID, s.User.GID); err != nil {
+		return err
+	}
+	if s.listenFD, err = s.personal.File(); err != nil {
+		return err
+	}
+	return s.startDaemon()
+}
+
+// supervisorLock is the file that a supervisor holds locked.
+func supervisorLock(k layout.Keep) string { return filepath.Join(k.LowerSocketDir(), "supervisor") }
+
+// listen makes a Unix socket that only uid (and root) can connect to.
+func listen(path string, uid, gid int) (*net.UnixListener, error) {
+	_ = os.Remove(path)
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	l.SetUnlinkOnClose(false)
+	if err := os.Chmod(path, 0o600); err != nil {
+		return nil, err
+	}
+	return l, os.Lchown(path, uid, gid)
+}
+
+// startDaemon starts the personal nix-daemon on the listening socket, as systemd
+// would (sd_listen_fds(3)). Its messages go into the keep.
+func (s *supervisor) startDaemon() error {
+	crashpoint.At("supervise.daemon")
+	logPath := filepath.Join(s.k.Log(), "daemon.log")
+	flags := os.O_CREATE | os.O_WRONLY | os.O_APPEND | unix.O_NOFOLLOW
+	if fi, err := os.Lstat(logPath); err == nil && fi.Size() > 1<<20 {
+		flags |= os.O_TRUNC
+	}
+	logFile, err := os.OpenFile(logPath, flags, 0o600)
+	if err != nil {
+		return err
+	}
+	defer logFile.Close()
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		return err
+	}
+	defer null.Close()
+	// Started by hand, not by os/exec: reap waits for every child of this
+	// process, the daemon's orphans included. The daemon dies with the supervisor.
+	p, err := s.starter.start("/proc/self/exe", []string{"overkeep", "internal", "exec-daemon", s.NixDaemon}, &os.ProcAttr{
+		Dir:   "/",
+		Env:   append(slices.Clip(s.Env), "LISTEN_FDS=1"),
+		Files: []*os.File{null, logFile, logFile, s.listenFD},
+		Sys:   &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL},
+	})
+	if err != nil {
+		return err
+	}
+	s.daemon = p.Pid
+	s.starts++
+	return p.Release()
+}
+
+// starter starts processes from one thread that lives as long as this process:
+// the parent-death signal is sent when the thread that forked ends, not the
+// process (PR_SET_PDEATHSIG(2const)).
+type starter struct{ work chan func() }
+
+func newStarter() *starter {
+	s := &starter{work: make(chan func())}
+	go func() {
+		runtime.LockOSThread()
+		for f := range s.work {
+			f()
+		}
+	}()
+	return s
+}
+
+func (s *starter) start(name string, argv []string, attr *os.ProcAttr) (p *os.Process, err error) {
+	done := make(chan struct{})
+	s.work <- func() {
+		p, err = os.StartProcess(name, argv, attr)
+		close(done)
+	}
+	<-done
+	return p, err
+}
+
+// execDaemonMain becomes the nix-daemon: LISTEN_PID must be the pid of the
+// process that reads it.
+func execDaemonMain() int {
+	if len(os.Args) < 4 {
+		return 2
+	}
+	path := os.Args[3]
+	env := append(os.Environ(), "LISTEN_PID="+strconv.Itoa(os.Getpid()))
+	_, _ = fmt.Fprintln(os.Stderr, "overkeep: exec", path, unix.Exec(path, []string{path, "--daemon"}, env))
+	return 127
+}
+
+// maxStarts bounds how often a daemon that dies is started again in one unlock.
+const maxStarts = 20
+
+// reap waits for every child, and starts the daemon again when it died unasked.
+func (s *supervisor) reap() {
+	sig := make(chan os.Signal, 16)
+	signal.Notify(sig, syscall.SIGCHLD)
+	for range sig {
+		for {
+			var ws unix.WaitStatus
+			pid, err := unix.Wait4(-1, &ws, unix.WNOHANG, nil)
+			if err == unix.EINTR {
+				continue
+			}
+			if err != nil || pid <= 0 {
+				break
+			}
+			s.mu.Lock()
+			if pid == s.daemon {
+				s.daemon = 0
+				switch {
+				case s.draining != nil:
+					close(s.draining)
+				case s.starts >= maxStarts || s.startDaemon() != nil:
+					// Nobody would answer: a refused connection beats a silent one.
+					s.hangUp()
+					s.draining = make(chan struct{})
+					close(s.draining)
+				}
+			}
+			s.mu.Unlock()
+		}
+	}
+}
+
+// drain refuses new work: the socket is gone, the daemon that would accept is
+// gone, nothing of ours is open in the volume. Workers that serve a client go on
+// and are returned.
+func (s *supervisor) drain() []int {
+	s.mu.Lock()
+	if s.draining == nil {
+		s.draining = make(chan struct{})
+		s.hangUp()
+		if s.daemon == 0 {
+			close(s.draining)
+		} else {
+			_ = unix.Kill(s.daemon, unix.SIGTERM)
+		}
+	}
+	died, daemon := s.draining, s.daemon
+	s.mu.Unlock()
+	select {
+	case <-died:
+	case <-time.After(killGrace):
+		if daemon != 0 {
+			_ = unix.Kill(daemon, unix.SIGKILL) // ours, not reaped: the pid is still its own
+		}
+		<-died
+	}
+	return children(os.Getpid())
+}
+
+// hangUp takes the personal socket away.
+func (s *supervisor) hangUp() {
+	_ = os.Remove(filepath.Join(s.k.SocketDir(), "socket"))
+	s.personal.Close()
+	s.listenFD.Close()
+}
+
+// resume serves again after a lock that was given up.
+func (s *supervisor) resume() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.draining == nil {
+		return nil
+	}
+	return s.serve()
+}
+
+// children lists the children of every thread of a process (proc_pid_task(5)).
+func children(pid int) []int {
+	files, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+	var out []int
+	for _, file := range files {
+		b, _ := os.ReadFile(file)
+		for _, f := range strings.Fields(string(b)) {
+			if n, err := strconv.Atoi(f); err == nil {
+				out = append(out, n)
+			}
+		}
+	}
+	return out
+}
+
+// serveControl answers root's commands: "drain", "resume" and "stop", one line
+// each. It returns after "stop".
+func (s *supervisor) serveControl(l *net.UnixListener) {
+	for {
+		conn, err := l.Accept()
+		if err != nil {
+			return
+		}
+		line, _ := bufio.NewReader(io.LimitReader(conn, 64)).ReadString('\n')
+		switch strings.TrimSpace(line) {
+		case "drain":
+			fmt.Fprintf(conn, "workers %d\n", len(s.drain()))
+		case "resume":
+			if s.resume() == nil {
+				fmt.Fprintln(conn, "serving")
+			}
+		case "stop":
+			s.drain()
+			s.cancel()
+			s.watching.Wait()
+			_, _ = s.pinner.Exact(context.Background())
+			s.pinner.Wait()
+			fmt.Fprintln(conn, "stopped")
+			conn.Close()
+			return
+		}
+		conn.Close()
+	}
+}
+
+// needs lists what the keep needs of the system store: rows of its database that
+// do not lie in its upper layer, as far as the system store itself says that it
+// has them. Without that question a damaged personal path would be named in the
+// plaintext directory of pins.
+func (s *supervisor) needs(ctx context.Context) ([]string, error) {
+	db := filepath.Join(s.k.NixDB(), "db.sqlite")
+	if _, err := os.Stat(db); errors.Is(err, os.ErrNotExist) {
+		return nil, nil // nothing was ever built
+	}
+	rows, err := nixdb.LowerNeeds(ctx, db, s.k.Upper())
+	if err != nil || len(rows) == 0 {
+		return nil, err
+	}
+	c, err := lower.Dial(ctx, filepath.Join(s.k.SystemSocketDir(), "socket"))
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	return c.ValidPaths(ctx, rows)
+}
+
+// watchPins brings the pins up to date after every change of the keep's database.
+func (s *supervisor) watchPins(ctx context.Context) {
+	if err := os.Mkdir(s.k.NixDB(), 0o755); err != nil && !errors.Is(err, os.ErrExist) {
+		return
+	}
+	changes, err := nixdb.Watch(ctx, s.k.NixDB())
+	if err != nil {
+		return
+	}
+	for range changes {
+		_, _ = s.pinner.Exact(ctx)
+	}
+}
+
+// watchLower remounts the overlay when the system store grew by a name that the
+// overlay remembers as missing.
+func (s *supervisor) watchLower(ctx context.Context) {
+	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	if err != nil {
+		return
+	}
+	f := os.NewFile(uintptr(fd), "inotify")
+	defer f.Close()
+	dir := fmt.Sprintf("/proc/self/fd/%d", s.lowerDir.Fd())
+	if _, err := unix.InotifyAddWatch(fd, dir, unix.IN_CREATE|unix.IN_MOVED_TO|unix.IN_ONLYDIR); err != nil {
+		return
+	}
+	go func() { <-ctx.Done(); f.Close() }()
+	buf := make([]byte, 64<<10)
+	for {
+		n, err := f.Read(buf)
+		if err != nil {
+			return
+		}
+		for _, name := range inotifyNames(buf[:n]) {
+			if _, err := os.Lstat(filepath.Join(layout.NixStore, name)); errors.Is(err, os.ErrNotExist) {
+				if _, err := os.Lstat(filepath.Join(dir, name)); err == nil {
+					_ = view.Remount()
+					break // one remount forgets them all
+				}
+			}
+		}
+	}
+}
+
+// inotifyNames reads the names out of inotify(7) events.
+func inotifyNames(b []byte) []string {
+	var out []string
+	for len(b) >= unix.SizeofInotifyEvent {
+		n := int(uint32(b[12]) | uint32(b[13])<<8 | uint32(b[14])<<16 | uint32(b[15])<<24)
+		if len(b) < unix.SizeofInotifyEvent+n {
+			break
+		}
+		name := string(b[unix.SizeofInotifyEvent : unix.SizeofInotifyEvent+n])
+		out = append(out, strings.TrimRight(name, "\x00"))
+		b = b[unix.SizeofInotifyEvent+n:]
+	}
+	return out
+}
