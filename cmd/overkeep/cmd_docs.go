@@ -32,18 +32,17 @@ func newDocs(a *app) *cobra.Command {
 	return cmd
 }
 
-// writeMan writes one page a command. The date is the one of SOURCE_DATE_EPOCH,
-// or none, so that the pages do not change from build to build (cobra/doc would
-// take the present day).
+// writeMan writes one page a command. Their date is that of SOURCE_DATE_EPOCH or
+// of the commit, so that they do not change from one build to the next.
 func writeMan(root *cobra.Command, dir string) error {
 	root.DisableAutoGenTag = true
 	root.InitDefaultHelpCmd()
 	root.InitDefaultCompletionCmd()
 	forMan(root)
-	date := time.Unix(0, 0).UTC()
-	h := &doc.GenManHeader{Title: "", Section: "8", Source: "overkeep " + buildVersion().Version, Manual: "Overkeep", Date: &date}
-	if os.Getenv("SOURCE_DATE_EPOCH") != "" {
-		h.Date = nil // cobra/doc reads the variable itself
+	v := buildVersion()
+	h := &doc.GenManHeader{Section: "8", Source: "overkeep " + v.Version, Manual: "Overkeep"}
+	if at, err := time.Parse(time.RFC3339, v.time); err == nil && os.Getenv("SOURCE_DATE_EPOCH") == "" {
+		h.Date = &at // else cobra/doc reads the variable itself
 	}
 	if err := doc.GenManTree(root, h, dir); err != nil {
 		return fmt.Errorf("man pages in %q: %w", dir, err)
@@ -51,12 +50,22 @@ func writeMan(root *cobra.Command, dir string) error {
 	return nil
 }
 
+const manFiles = `
+
+# FILES
+
+**/etc/overkeep/config.toml** The machine's settings; need not exist.
+
+**/var/lib/overkeep/KEEP/** The keep: public header, slots, encrypted volume.
+
+**/run/overkeep/KEEP/** Sockets and the mount namespace of an open keep.`
+
 // forMan puts the exit codes into the text, which is all that cobra/doc prints.
 func forMan(cmd *cobra.Command) {
 	if codes := cmd.Annotations["exits"]; codes != "" {
 		cmd.Long += "\n\n# EXIT STATUS\n\n" + manList(codes)
 	} else if !cmd.HasParent() {
-		cmd.Long += "\n\n# EXIT STATUS\n\n" + manList(exitLines())
+		cmd.Long += "\n\n# EXIT STATUS\n\n" + manList(exitLines()) + manFiles
 	}
 	for _, c := range cmd.Commands() {
 		forMan(c)

@@ -26,6 +26,7 @@ type versionReport struct {
 	Modified bool   `json:"modified,omitempty"`
 	Go       string `json:"go"`
 	Platform string `json:"platform"`
+	time     string // of the commit
 }
 
 func buildVersion() versionReport {
@@ -41,6 +42,8 @@ func buildVersion() versionReport {
 		switch s.Key {
 		case "vcs.revision":
 			v.Commit = s.Value
+		case "vcs.time":
+			v.time = s.Value
 		case "vcs.modified":
 			v.Modified = s.Value == "true"
 		}

@@ -29,7 +29,7 @@ func main() {
 	}
 	umask := harden()
 	// The helper processes of overkeep/systemd/keep.
-	if len(os.Args) == 3 && os.Args[1] == "internal" {
+	if len(os.Args) > 2 && os.Args[1] == "internal" {
 		os.Exit(keep.ChildMain(os.Args[2]))
 	}
 	os.Exit(execute(os.Args[1:], umask))

@@ -91,8 +91,14 @@ type helper struct {
 func (b *bed) startIn(ns *os.File, binary, role string, args ...string) *helper {
 	b.t.Helper()
 	cmd := exec.Command(binary)
-	cmd.Env = append(os.Environ(), "HOLDER_ROLE="+role, "HOLDER_ARGS="+strings.Join(args, "\n"))
+	cmd.Env = roleEnv(role, args...)
 	return b.startCmd(ns, cmd)
+}
+
+// roleEnv is the environment that makes the test binary a helper. The race
+// detector would sleep a second at the end of each (GORACE, atexit_sleep_ms).
+func roleEnv(role string, args ...string) []string {
+	return append(os.Environ(), "HOLDER_ROLE="+role, "HOLDER_ARGS="+strings.Join(args, "\n"), "GORACE=atexit_sleep_ms=0")
 }
 
 // startCmd starts cmd in ns and waits until it says that it is ready.

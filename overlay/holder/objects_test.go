@@ -214,7 +214,7 @@ func TestNamespaces(t *testing.T) {
 			b.want(0, NamespaceFile, file)
 			byFD := b.start("unshare-fd")
 			cmd := unshared(exec.Command(self(t)))
-			cmd.Env = append(os.Environ(), "HOLDER_ROLE=wait")
+			cmd.Env = roleEnv("wait")
 			living := b.startCmd(b.view, cmd)
 			thread := b.start("thread-ns")
 
@@ -291,7 +291,7 @@ func TestUnmountInLocked(t *testing.T) {
 				})
 			}
 			cmd := exec.Command(self(t))
-			cmd.Env = append(os.Environ(), "HOLDER_ROLE=wait")
+			cmd.Env = roleEnv("wait")
 			ids := []syscall.SysProcIDMap{{ContainerID: 0, HostID: 0, Size: 1}}
 			cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWUSER | unix.CLONE_NEWNS, UidMappings: ids, GidMappings: ids}
 			h := b.startCmd(b.view, cmd)

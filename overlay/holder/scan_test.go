@@ -133,7 +133,7 @@ func TestScanNamesProcess(t *testing.T) {
 			t.Run("second namespace", func(t *testing.T) {
 				b.t = t
 				cmd := unshared(exec.Command(self(t)))
-				cmd.Env = append(os.Environ(), "HOLDER_ROLE=wait")
+				cmd.Env = roleEnv("wait")
 				h := b.startCmd(b.view, cmd)
 				b.wantOnly(h.pid, MountNamespace, b.merged)
 				h.end()
@@ -241,7 +241,7 @@ func TestScanHostileNames(t *testing.T) {
 		return nil
 	})
 	cmd := exec.Command(self(t), "\x1b]0;title\a", "1 (uid 0) innocent\n2 (uid 0) other")
-	cmd.Env = append(os.Environ(), "HOLDER_ROLE=open", "HOLDER_ARGS="+b.keep+"/home/note")
+	cmd.Env = roleEnv("open", b.keep+"/home/note")
 	h := b.startCmd(b.view, cmd)
 	got := b.wantOnly(h.pid, OpenFile, "note")
 	if !strings.Contains(got.Command, `\x1b]0;title\a 1 (uid 0) innocent\n2 (uid 0) other`) {

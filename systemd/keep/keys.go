@@ -315,6 +315,11 @@ func (c *call) change(set *slot.Set, have slot.Files, master *secret.Bytes) (*sl
 		if err := wrap(s.Name, to); err != nil {
 			return nil, nil, err
 		}
+		// The new key has been confirmed before this process was asked.
+		next, err = next.Confirm()
+		if err != nil {
+			return nil, nil, err
+		}
 	default:
 		return nil, nil, errorf(CodeUsage, string(n.Action), "no key action %q", n.Action)
 	}

@@ -97,11 +97,8 @@ func superviseMain() int {
 	if err != nil {
 		return 1
 	}
-	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
-	if err == nil {
-		for _, fd := range []int{0, 1, 2} {
-			_ = unix.Dup2(int(null.Fd()), fd)
-		}
+	if err := toNull(0, 1); err != nil {
+		return 1
 	}
 	term := make(chan os.Signal, 1)
 	signal.Notify(term, syscall.SIGTERM)
@@ -149,6 +146,10 @@ func (s *supervisor) start(ctx context.Context) (*net.UnixListener, error) {
 	if err != nil {
 		return nil, err
 	}
+	// What an earlier supervisor had no time to pin, before anything can ask.
+	if _, err := s.pinner.Add(ctx); err != nil {
+		return nil, err
+	}
 	if err := s.serve(); err != nil {
 		return nil, err
 	}
@@ -156,6 +157,21 @@ func (s *supervisor) start(ctx context.Context) (*net.UnixListener, error) {
 	s.watching.Go(func() { s.watchPins(ctx) })
 	go s.watchLower(ctx)
 	return control, nil
+}
+
+// toNull points descriptors at /dev/null.
+func toNull(fds ...int) error {
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer null.Close()
+	for _, fd := range fds {
+		if err := unix.Dup2(int(null.Fd()), fd); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // serve opens the personal socket and starts the daemon on it. s.mu is held, or
@@ -192,16 +208,15 @@ func listen(path string, uid, gid int) (*net.UnixListener, error) {
 // would (sd_listen_fds(3)). Its messages go into the keep.
 func (s *supervisor) startDaemon() error {
 	crashpoint.At("supervise.daemon")
-	logPath := filepath.Join(s.k.Log(), "daemon.log")
-	flags := os.O_CREATE | os.O_WRONLY | os.O_APPEND | unix.O_NOFOLLOW
-	if fi, err := os.Lstat(logPath); err == nil && fi.Size() > 1<<20 {
-		flags |= os.O_TRUNC
-	}
-	logFile, err := os.OpenFile(logPath, flags, 0o600)
+	logFile, err := s.openLog()
 	if err != nil {
 		return err
 	}
 	defer logFile.Close()
+	// Our own last words, should there be any, may hold private names, too.
+	if err := unix.Dup2(int(logFile.Fd()), 2); err != nil {
+		return err
+	}
 	null, err := os.Open(os.DevNull)
 	if err != nil {
 		return err
@@ -209,9 +224,9 @@ func (s *supervisor) startDaemon() error {
 	defer null.Close()
 	// Started by hand, not by os/exec: reap waits for every child of this
 	// process, the daemon's orphans included. The daemon dies with the supervisor.
-	p, err := s.starter.start("/proc/self/exe", []string{"overkeep", "internal", "exec-daemon", s.NixDaemon}, &os.ProcAttr{
+	p, err := s.starter.start("/proc/self/exe", []string{"overkeep", "internal", "exec-daemon"}, &os.ProcAttr{
 		Dir:   "/",
-		Env:   append(slices.Clip(s.Env), "LISTEN_FDS=1"),
+		Env:   append(slices.Clip(s.Env), "LISTEN_FDS=1", execDaemonVar+"="+s.NixDaemon),
 		Files: []*os.File{null, logFile, logFile, s.listenFD},
 		Sys:   &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL},
 	})
@@ -221,6 +236,16 @@ func (s *supervisor) startDaemon() error {
 	s.daemon = p.Pid
 	s.starts++
 	return p.Release()
+}
+
+// openLog opens the daemon's log, begun anew when it is long.
+func (s *supervisor) openLog() (*os.File, error) {
+	path := filepath.Join(s.k.Log(), "daemon.log")
+	flags := os.O_CREATE | os.O_WRONLY | os.O_APPEND | unix.O_NOFOLLOW
+	if fi, err := os.Lstat(path); err == nil && fi.Size() > 1<<20 {
+		flags |= os.O_TRUNC
+	}
+	return os.OpenFile(path, flags, 0o600)
 }
 
 // starter starts processes from one thread that lives as long as this process:
@@ -249,13 +274,14 @@ func (s *starter) start(name string, argv []string, attr *os.ProcAttr) (p *os.Pr
 	return p, err
 }
 
+// execDaemonVar tells the helper process which nix-daemon to become.
+const execDaemonVar = "OVERKEEP_NIX_DAEMON"
+
 // execDaemonMain becomes the nix-daemon: LISTEN_PID must be the pid of the
 // process that reads it.
 func execDaemonMain() int {
-	if len(os.Args) < 4 {
-		return 2
-	}
-	path := os.Args[3]
+	path := os.Getenv(execDaemonVar)
+	_ = os.Unsetenv(execDaemonVar)
 	env := append(os.Environ(), "LISTEN_PID="+strconv.Itoa(os.Getpid()))
 	_, _ = fmt.Fprintln(os.Stderr, "overkeep: exec", path, unix.Exec(path, []string{path, "--daemon"}, env))
 	return 127
@@ -328,6 +354,7 @@ func (s *supervisor) hangUp() {
 	_ = os.Remove(filepath.Join(s.k.SocketDir(), "socket"))
 	s.personal.Close()
 	s.listenFD.Close()
+	_ = toNull(2)
 }
 
 // resume serves again after a lock that was given up.
@@ -394,8 +421,8 @@ func (s *supervisor) needs(ctx context.Context) ([]string, error) {
 	if _, err := os.Stat(db); errors.Is(err, os.ErrNotExist) {
 		return nil, nil // nothing was ever built
 	}
-	rows, err := nixdb.LowerNeeds(ctx, db, s.k.Upper())
-	if err != nil || len(rows) == 0 {
+	rows, err := nixdb.LowerGraph(ctx, db, s.k.Upper())
+	if err != nil || len(rows.Paths) == 0 {
 		return nil, err
 	}
 	c, err := lower.Dial(ctx, filepath.Join(s.k.SystemSocketDir(), "socket"))
@@ -403,7 +430,33 @@ func (s *supervisor) needs(ctx context.Context) ([]string, error) {
 		return nil, err
 	}
 	defer c.Close()
-	return c.ValidPaths(ctx, rows)
+	valid, err := c.ValidPaths(ctx, rows.Paths)
+	if err != nil {
+		return nil, err
+	}
+	return minimal(rows, valid), nil
+}
+
+// minimal are the paths among valid that no other of them refers to: a root
+// keeps what it refers to, and fewer roots tell less.
+func minimal(g nixdb.Graph, valid []string) []string {
+	old := make(map[string]int32, len(g.Paths))
+	for i, p := range g.Paths {
+		old[p] = int32(i)
+	}
+	now := make(map[int32]int32, len(valid)) // index in g to index in valid
+	for i, p := range valid {
+		now[old[p]] = int32(i)
+	}
+	var refs [][2]int32
+	for _, r := range g.Refs {
+		from, ok1 := now[r[0]]
+		to, ok2 := now[r[1]]
+		if ok1 && ok2 {
+			refs = append(refs, [2]int32{from, to})
+		}
+	}
+	return pins.Roots(valid, refs)
 }
 
 // watchPins brings the pins up to date after every change of the keep's database.
@@ -416,8 +469,21 @@ func (s *supervisor) watchPins(ctx context.Context) {
 		return
 	}
 	for range changes {
-		_, _ = s.pinner.Exact(ctx)
+		s.whileNotCollecting(func() { _, _ = s.pinner.Exact(ctx) })
 	}
+}
+
+// whileNotCollecting runs f while the personal collector is kept out, as Nix's
+// own processes keep it out (gc.lock, shared): it copies the rows of the whole
+// system store for its time, and all of it would be pinned.
+func (s *supervisor) whileNotCollecting(f func()) {
+	lock, err := os.OpenFile(filepath.Join(s.k.NixState(), "gc.lock"), os.O_RDWR|unix.O_NOFOLLOW, 0)
+	if err == nil {
+		defer lock.Close()
+		for unix.Flock(int(lock.Fd()), unix.LOCK_SH) == unix.EINTR {
+		}
+	}
+	f()
 }
 
 // watchLower remounts the overlay when the system store grew by a name that the
