@@ -285,17 +285,36 @@ func (k *Keep) split(ctx context.Context, st *stateInfo, s *Status) []Row {
 	for _, l := range nixConfig(k.Keep, k.Header, k.Root).Lines() {
 		personal[l.Key] = l.Value
 	}
-	systemGC := "the system's schedule"
+	systemGC := schedule(ctx, system)
 	if s.Pins > 0 {
 		systemGC += fmt.Sprintf("; %d paths pinned for this keep", s.Pins)
 	}
 	return []Row{
 		{"readable by", readers, mine},
 		{"filesystem", systemFS, personalFS},
-		{"garbage collection", systemGC, fmt.Sprintf("%s's own, with nix-collect-garbage in the view; %d personal paths", k.Header.User, st.Paths)},
+		{"garbage collection", systemGC, fmt.Sprintf("by hand, as %s in the view; %d personal paths", k.Header.User, st.Paths)},
 		{"keep-outputs / keep-derivations", orUnknown(system["keep-outputs"]) + " / " + orUnknown(system["keep-derivations"]),
 			personal["keep-outputs"] + " / " + personal["keep-derivations"]},
 	}
+}
+
+// schedule says when the system's collector runs: what systemd and Nix's own
+// settings tell, not what is usual.
+func schedule(ctx context.Context, settings map[string]string) string {
+	var when []string
+	if systemctl, err := exec.LookPath("systemctl"); err == nil {
+		out, _ := exec.CommandContext(ctx, systemctl, "is-active", "nix-gc.timer").Output()
+		if strings.TrimSpace(string(out)) == "active" {
+			when = append(when, "by nix-gc.timer")
+		}
+	}
+	if f := settings["min-free"]; f != "" && f != "0" {
+		when = append(when, "below "+f+" free bytes")
+	}
+	if len(when) == 0 {
+		return "by hand, as root"
+	}
+	return strings.Join(when, ", ")
 }
 
 func orUnknown(s string) string {

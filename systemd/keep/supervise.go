@@ -459,6 +459,9 @@ func minimal(g nixdb.Graph, valid []string) []string {
 	return pins.Roots(valid, refs)
 }
 
+// settle is how long the database is left alone after a change.
+const settle = time.Second
+
 // watchPins brings the pins up to date after every change of the keep's database.
 func (s *supervisor) watchPins(ctx context.Context) {
 	if err := os.Mkdir(s.k.NixDB(), 0o755); err != nil && !errors.Is(err, os.ErrExist) {
@@ -469,6 +472,11 @@ func (s *supervisor) watchPins(ctx context.Context) {
 		return
 	}
 	for range changes {
+		// A build writes many times. Its connection holds temporary roots until the
+		// pins are written anyway; this is for what outlives it by a power cut.
+		if sleep(ctx, settle) != nil {
+			continue // to the end of the channel, which the watch itself closes
+		}
 		s.whileNotCollecting(func() { _, _ = s.pinner.Exact(ctx) })
 	}
 }
