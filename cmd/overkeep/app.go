@@ -30,6 +30,7 @@ type app struct {
 	verb  []string // the command that runs
 	keep  string   // the keep it turned out to be about
 	exe   string   // serves the "internal" verb
+	sudo  bool     // commands are pasted into a shell that is not root's
 	umask int      // the caller's, for what `run` starts
 }
 
@@ -49,6 +50,7 @@ func execute(args []string, umask int) int {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
 	defer stop()
 	a := &app{ui: newUI(hasFlag(args, "no-color")), line: args, exe: "/proc/self/exe", umask: umask}
+	a.sudo = os.Geteuid() != 0 || os.Getenv("SUDO_USER") != ""
 	a.root = os.Getenv("OVERKEEP_ROOT")
 	// Known before the flags are parsed: their mistakes are told in it, too.
 	a.ui.json = hasFlag(args, "json")
@@ -74,7 +76,7 @@ func (a *app) run(ctx context.Context, args []string) int {
 	if errors.As(err, &shown) {
 		return shown.exit
 	}
-	if ctx.Err() != nil && keep.Classify(err).Code == keep.CodeInternal {
+	if c := keep.Classify(err).Code; ctx.Err() != nil && (c == keep.CodeInternal || c == keep.CodeAborted) {
 		err = aborted("interrupted")
 	}
 	p := explain(err, a.here())
@@ -110,7 +112,7 @@ Begin with "overkeep help concepts".`,
 			a.ui.json, a.ui.quiet = a.json, a.quiet
 			_, err := layout.CheckRoot(a.root)
 			if err != nil {
-				return usagef("--root: %s", err)
+				return usagef("--%s", err)
 			}
 			return nil
 		},
@@ -220,7 +222,7 @@ func (a *app) keepNames() []string {
 }
 
 func (a *app) here() here {
-	return here{sudo: underSudo(), root: a.root, verb: a.verb, keep: a.keep, line: a.line, keeps: a.keepNames()}
+	return here{sudo: a.sudo, root: a.root, verb: a.verb, keep: a.keep, line: a.line, keeps: a.keepNames()}
 }
 
 // completeKeep completes a keep's name as the first argument.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 
 	"github.com/spf13/cobra"
 
@@ -50,7 +51,16 @@ func runDestroy(ctx context.Context, a *app, o destroyOptions) error {
 	}
 	a.keep = o.keep
 	d, err := a.doomed(ctx, o.keep)
-	if err != nil {
+	var e *keep.Error
+	switch {
+	case errors.As(err, &e) && e.Code == keep.CodeNoKeep && !o.dryRun:
+		// What an interrupted destroy has left is taken away, without asking
+		// again; when nothing is left, this says that there is no such keep.
+		if err := a.manager().Destroy(ctx, o.keep); err != nil {
+			return err
+		}
+		return a.ui.done(destroyed{o.keep})
+	case err != nil:
 		return err
 	}
 	if o.dryRun {
@@ -86,6 +96,8 @@ func (a *app) doomed(ctx context.Context, name string) (*doomed, error) {
 	switch {
 	case errors.As(err, &e) && (e.Code == keep.CodeDamaged || e.Code == keep.CodeVersion):
 		return d, nil
+	case errors.As(err, &e) && e.Code == keep.CodeNoKeep && exists(l.StateDir()):
+		return d, nil // its header is gone
 	case err != nil:
 		return nil, err
 	}
@@ -99,6 +111,11 @@ func (a *app) doomed(ctx context.Context, name string) (*doomed, error) {
 	}
 	d.size, d.pins = st.SizeOnDisk, st.Pins
 	return d, nil
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
 }
 
 func (d *doomed) steps() steps {

@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -20,7 +21,7 @@ func newDocs(a *app) *cobra.Command {
 		Args:   a.args(0, 0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if dir == "" {
-				return usagef("where to?").meant(append(append([]string{}, a.line...), "--man", "man8")...)
+				return usagef("where to?").meant(append(slices.Clone(a.line), "--man", "man8")...)
 			}
 			if err := os.MkdirAll(dir, 0o755); err != nil {
 				return err

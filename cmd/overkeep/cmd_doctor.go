@@ -74,6 +74,7 @@ type doctorReport struct {
 }
 
 func (r doctorReport) print(p *page) {
+	said := map[string]bool{}
 	for i := 0; i < len(r.Checks); {
 		group := r.Checks[i].Group
 		n := i
@@ -84,15 +85,15 @@ func (r doctorReport) print(p *page) {
 			p.printf("\n")
 		}
 		p.printf("%s\n", p.style("1", string(group)))
-		printChecks(p, r.Checks[i:n])
+		printChecks(p, r.Checks[i:n], said)
 		i = n
 	}
 	p.printf("\n%s\n", r.summary(p))
 }
 
 // printChecks prints a group: a table, and beneath each line of it that is not
-// yes what is missing and what to do.
-func printChecks(p *page, checks []doctor.Check) {
+// yes what is missing and what to do, unless said gave the same two before.
+func printChecks(p *page, checks []doctor.Check, said map[string]bool) {
 	var rows [][]string
 	for _, c := range checks {
 		rows = append(rows, []string{answerWords(c), c.Name, c.Found})
@@ -104,10 +105,16 @@ func printChecks(p *page, checks []doctor.Check) {
 		words := answerWords(c)
 		line = strings.TrimRight(strings.TrimPrefix(line, "  "+words), " \n")
 		p.printf("  %s%s\n", p.style(answerColor(c), words), line)
+		// Without root nearly every line would end alike.
+		again := c.Missing + "\x00" + c.Remedy
+		if c.Answer == doctor.Yes || c.Or == "" && said[again] {
+			continue
+		}
+		said[again] = true
 		for _, more := range []struct{ what, text string }{
 			{"missing", c.Missing}, {"mend", c.Remedy}, {"or", c.Or},
 		} {
-			if more.text != "" && c.Answer != doctor.Yes {
+			if more.text != "" {
 				p.printf("      %-8s %s\n", more.what+":", printable(more.text))
 			}
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"path/filepath"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -90,7 +91,7 @@ func (o *initOptions) check(a *app) error {
 		return usagef("--work-factor is 10 to %d, not %d", slot.DefaultMaxLogN, o.workFactor).
 			meant(setFlag(a.line, "work-factor", fmt.Sprint(slot.DefaultLogN))...)
 	case o.user == "" && caller() == "":
-		return usagef("whose keep is it to be? Root itself has none").meant(append(append([]string{}, a.line...), "--user", "alice")...)
+		return usagef("whose keep is it to be? Root itself has none").meant(append(slices.Clone(a.line), "--user", "alice")...)
 	}
 	return nil
 }

@@ -8,6 +8,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"overkeep/crypt/slot"
 	"overkeep/systemd/keep"
 )
 
@@ -82,6 +83,9 @@ func (r keyList) print(p *page) {
 			remarks = append(remarks, fmt.Sprintf("%s: DAMAGED: %s", s.Name, s.Damaged))
 		}
 		for _, w := range s.Weak {
+			if s.Damaged != "" && w == slot.WeakDamaged {
+				continue // told above, and of what kind
+			}
 			remarks = append(remarks, s.Name+": "+w)
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -265,6 +266,10 @@ func runKeyRemove(ctx context.Context, a *app, o keyRemoveOptions) error {
 	var names []string
 	for _, s := range l.Slots {
 		names = append(names, s.Name)
+	}
+	if file := filepath.Join(k.Slots(), filepath.Base(o.name)+".age"); !slices.Contains(names, o.name) && exists(file) {
+		return &usageError{msg: fmt.Sprintf("keep %q has no slot %q, but there is a file of that name, which overkeep did not write", k.Name, o.name),
+			why: "Look at it, then take it away:", command: sudo(a.here(), quoteLine([]string{"rm", file}))}
 	}
 	if !slices.Contains(names, o.name) {
 		e := usagef("keep %q has no slot %q; it has %s", k.Name, o.name, strings.Join(names, ", "))

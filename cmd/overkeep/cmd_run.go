@@ -111,7 +111,8 @@ func runRun(_ context.Context, a *app, o runOptions) error {
 	unix.Umask(a.umask) // what runs has the caller's, not ours
 	err = k.Exec(o.command, o.asRoot)
 	var e *keep.Error
-	if errors.As(err, &e) && e.Code == keep.CodeUsage && len(o.command) > 0 && e.Name == o.command[0] {
+	// A command that cannot be run is the caller's mistake, not ours.
+	if errors.As(err, &e) && len(o.command) > 0 && e.Name == o.command[0] && (e.Code == keep.CodeUsage || e.Code == keep.CodeInternal) {
 		return usagef("%s", e.Message)
 	}
 	return err

@@ -6,6 +6,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"overkeep/crypt/volume"
 	"overkeep/systemd/keep"
 )
 
@@ -47,7 +48,7 @@ func runStatus(ctx context.Context, a *app, o statusOptions) error {
 			return err
 		}
 	}
-	r := statusReport{Keeps: []keepStatus{}, init: a.here().command("init")}
+	r := statusReport{Keeps: []keepStatus{}, here: a.here()}
 	var worst *problem
 	for _, n := range names {
 		st, err := func() (*keep.Status, error) {
@@ -82,7 +83,7 @@ func runStatus(ctx context.Context, a *app, o statusOptions) error {
 // statusReport is the result of status: always a list, also of one.
 type statusReport struct {
 	Keeps []keepStatus `json:"keeps"`
-	init  string
+	here  here
 }
 
 // keepStatus is one keep's status, or why it has none.
@@ -94,7 +95,7 @@ type keepStatus struct {
 
 func (r statusReport) print(p *page) {
 	if len(r.Keeps) == 0 {
-		p.printf("There is no keep yet. Make one:\n    %s\n", p.style("1", r.init))
+		p.printf("There is no keep yet. Make one:\n    %s\n", p.style("1", r.here.command("init")))
 	}
 	for i, k := range r.Keeps {
 		if i > 0 {
@@ -105,12 +106,16 @@ func (r statusReport) print(p *page) {
 			k.Problem.print(p)
 			continue
 		}
-		printStatus(p, k.Status)
+		printStatus(p, k.Status, r.here)
 	}
 }
 
-func printStatus(p *page, s *keep.Status) {
-	p.printf("%s  %s\n\n", p.style("1", s.Keep), stateWords(p, s))
+func printStatus(p *page, s *keep.Status, h here) {
+	p.printf("%s  %s\n", p.style("1", s.Keep), stateWords(p, s))
+	if s.State == keep.Locking {
+		p.printf("  Close it, or open it again:\n      %s\n      %s\n", p.style("1", h.command("lock", s.Keep)), p.style("1", h.command("unlock", s.Keep)))
+	}
+	p.printf("\n")
 	rows := [][]string{{"", "SYSTEM STORE", "PERSONAL STORE"}}
 	for _, r := range s.Split {
 		rows = append(rows, []string{r.Promise, r.System, r.Personal})
@@ -124,7 +129,11 @@ func printStatus(p *page, s *keep.Status) {
 	}
 	facts := [][]string{{"user", s.User}, {"back-end", place}, {"on disk", formatSize(s.SizeOnDisk)}}
 	if s.SizeTotal > 0 {
-		facts = append(facts, []string{"inside", fmt.Sprintf("%s of %s used (%d %%)", formatSize(s.SizeUsed), formatSize(s.SizeTotal), 100*s.SizeUsed/s.SizeTotal)})
+		where := "inside"
+		if s.Backend == string(volume.Dir) && s.FSImage == "" {
+			where = "its disk" // a directory shares the file system of the machine
+		}
+		facts = append(facts, []string{where, fmt.Sprintf("%s of %s used (%d %%)", formatSize(s.SizeUsed), formatSize(s.SizeTotal), 100*s.SizeUsed/s.SizeTotal)})
 	}
 	if s.State == keep.Unlocked {
 		facts = append(facts, []string{"paths", fmt.Sprint(s.Paths)})
@@ -161,8 +170,7 @@ func stateWords(p *page, s *keep.Status) string {
 	case keep.Unlocked:
 		return p.style("33", "unlocked") + ": the key is " + s.Key
 	case keep.Locking:
-		return p.style("1;31", "NOT locked, and not usable") + ": the key is " + s.Key +
-			". Finish with \"overkeep lock " + s.Keep + "\" or \"overkeep unlock " + s.Keep + "\""
+		return p.style("1;31", "NOT locked, and not usable") + ": the key is " + s.Key
 	}
 	return string(s.State)
 }

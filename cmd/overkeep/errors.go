@@ -4,9 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"os/user"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -110,11 +110,14 @@ func explain(err error, h here) *problem {
 			}
 			p.Remedy = append(p.Remedy, remedy{why, h.command(use.line...)})
 		}
+		if use.command != "" {
+			p.Remedy = append(p.Remedy, remedy{use.why, use.command})
+		}
 		p.Remedy = append(p.Remedy, helpRemedy(h))
 		return finish(p)
 	case errors.As(err, &noTTY):
 		p := &problem{Code: keep.CodeUsage, Message: noTTY.Error()}
-		p.Remedy = []remedy{{"Give it otherwise:", h.command(append(append([]string{}, h.line...), strings.Fields(noTTY.flag)...)...)}}
+		p.Remedy = []remedy{{"Give it otherwise:", h.command(append(slices.Clone(h.line), strings.Fields(noTTY.flag)...)...)}}
 		return finish(p)
 	}
 	e := keep.Classify(err)
@@ -161,7 +164,16 @@ func remedies(e *keep.Error, h here) []remedy {
 			rs[0].Why = "Name one:"
 			return rs
 		}
-		return []remedy{helpRemedy(h)}
+		var rs []remedy
+		switch {
+		case strings.HasSuffix(e.Name, ".toml"):
+			return []remedy{{"Mend the settings:", "sudoedit " + quoteWord(e.Name)}}
+		case filepath.IsAbs(e.Name):
+			rs = append(rs, remedy{"See what it is:", "ls -ld " + quoteWord(e.Name)})
+		case e.Name != "" && k != "" && len(h.verb) > 0 && (h.verb[0] == "unlock" || h.verb[0] == "key"):
+			rs = append(rs, remedy{"The slots there are:", h.command("key", "list", k)})
+		}
+		return append(rs, helpRemedy(h))
 
 	case keep.CodeNotRoot:
 		h.sudo = true
@@ -169,6 +181,8 @@ func remedies(e *keep.Error, h here) []remedy {
 
 	case keep.CodeNoKeep:
 		switch {
+		case slices.Contains(h.keeps, e.Name): // its directory is there
+			return []remedy{restore(h, e.Name), {"Or give it up:", h.command("destroy", e.Name)}}
 		case len(h.keeps) == 0:
 			return []remedy{{"Make one:", h.command("init", e.Name)}}
 		case nearest(e.Name, h.keeps) != "":
@@ -184,9 +198,13 @@ func remedies(e *keep.Error, h here) []remedy {
 		if filepath.IsAbs(e.Name) {
 			return []remedy{{"Look what it is, and choose another name if it is of use:", "ls -l " + quoteWord(e.Name)}}
 		}
+		other := withKeep(h, e.Name+"-2")
+		if slices.Contains(h.line, e.Name) {
+			other = replaceWord(h.line, e.Name, e.Name+"-2")
+		}
 		return []remedy{
 			{"What it is:", h.command("status", e.Name)},
-			{"Another keep needs another name:", h.command("init", e.Name+"-2")},
+			{"Another keep needs another name:", h.command(other...)},
 		}
 
 	case keep.CodeWrongKey:
@@ -201,6 +219,8 @@ func remedies(e *keep.Error, h here) []remedy {
 		if e.Name != "" && e.Name != k && !strings.Contains(e.Name, "/") && !hasFlag(h.line, "ignore-damaged-slot") {
 			rs = append(rs, remedy{"If you know why that slot is damaged, open the keep with another one, then remove it:",
 				h.command("unlock", k, "--ignore-damaged-slot", e.Name)})
+		} else {
+			rs = append(rs, restore(h, k))
 		}
 		return rs
 
@@ -211,11 +231,10 @@ func remedies(e *keep.Error, h here) []remedy {
 				{"What is damaged:", h.command("key", "list", k)},
 			}
 		}
-		return []remedy{{"Put the public files back from a backup; they hold no secret:",
-			quoteLine([]string{"cp", "-a", "BACKUP/" + k + "/.", filepath.Join(layout.StateRoot(rootOr(h)), k) + "/"})}}
+		return []remedy{restore(h, k)}
 
 	case keep.CodeVersion:
-		return []remedy{{"A newer overkeep made it; this is version:", h.command("version")}}
+		return []remedy{{"A newer overkeep made it; this is version:", "overkeep version"}}
 
 	case keep.CodeWorkFactor:
 		return []remedy{{"Nobody asked for that much: treat the slot as planted. Open the keep with the recovery key:", h.command("unlock", k, "--recovery")}}
@@ -230,7 +249,7 @@ func remedies(e *keep.Error, h here) []remedy {
 		}
 		if len(h.verb) > 0 && h.verb[0] == "init" && !hasFlag(h.line, "on-image") {
 			rs = append(rs, remedy{"Or keep it in a file that brings its own file system:",
-				h.command(append(append([]string{}, h.line...), "--on-image", filepath.Join(layout.StateRoot(rootOr(h)), "keep.img"))...)})
+				h.command(append(slices.Clone(h.line), "--on-image", filepath.Join(layout.StateRoot(rootOr(h)), "keep.img"))...)})
 		}
 		return rs
 
@@ -247,8 +266,12 @@ func remedies(e *keep.Error, h here) []remedy {
 		return []remedy{{"Lock it first:", h.command("lock", k)}}
 
 	case keep.CodeNotLocked:
+		wait := remedy{"Wait until they are done; nothing new is let in:", h.command("lock", k, "--wait")}
+		if hasFlag(h.line, "wait") { // given up, and new work has been refused
+			wait = remedy{"Go on working; new work is let in again:", h.command("unlock", k)}
+		}
 		return []remedy{
-			{"Wait until they are done; nothing new is let in:", h.command("lock", k, "--wait")},
+			wait,
 			{"Or end them, after they have been named and you have said yes:", h.command("lock", k, "--kill")},
 		}
 
@@ -280,6 +303,12 @@ func remedies(e *keep.Error, h here) []remedy {
 	return nil
 }
 
+// restore puts a keep's public files back.
+func restore(h here, k string) remedy {
+	return remedy{"Put the public files (keep.json, slots) back from a backup; they hold no secret:",
+		sudo(h, quoteLine([]string{"cp", "-a", "BACKUP/" + k + "/.", filepath.Join(layout.StateRoot(rootOr(h)), k) + "/"}))}
+}
+
 // pickKeep guesses the keep of a command that named none.
 func pickKeep(e *keep.Error, h here) string {
 	if len(h.keeps) == 1 {
@@ -296,7 +325,7 @@ func withKeep(h here, name string) []string {
 			return append(append(out, name), h.line[i+1:]...)
 		}
 	}
-	return append(append([]string{}, h.line...), name)
+	return append(slices.Clone(h.line), name)
 }
 
 func rootOr(h here) string {
@@ -369,6 +398,3 @@ func userName(uid uint32) string {
 	}
 	return id
 }
-
-// underSudo reports whether commands are pasted into a shell that is not root's.
-func underSudo() bool { return os.Geteuid() != 0 || os.Getenv("SUDO_USER") != "" }

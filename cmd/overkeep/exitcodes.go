@@ -43,7 +43,7 @@ var exitTable = []struct {
 	{exitUsage, "usage", "The command line or a setting is wrong. Nothing was done."},
 	{exitLocked, "locked", "The keep must be unlocked first."},
 	{exitWrongKey, "wrong key", "The passphrase or key opens no slot."},
-	{exitNotLocked, "not locked", "The keep is NOT locked: something holds it, or it is open and must be locked first."},
+	{exitNotLocked, "not locked", "The keep is NOT locked: something holds it, or it must be locked first."},
 	{exitTampered, "tampered", "What is on disk is not what overkeep wrote: damaged, exchanged or rolled back."},
 	{exitUnsupported, "unsupported", "The kernel, the file system or the installed Nix cannot do it."},
 	{exitNoKeep, "no such keep", "There is no keep of that name."},

@@ -47,8 +47,7 @@ func (u *ui) askSecret(ctx context.Context, prompt, what, flag string) (*secret.
 		return nil, err
 	}
 	defer tty.Close()
-	fmt.Fprint(tty, prompt)
-	return readLine(ctx, tty, false)
+	return readLine(ctx, tty, prompt, false)
 }
 
 // askNewPassphrase asks twice, and gives a hint about its strength.
@@ -103,8 +102,7 @@ func (u *ui) ask(ctx context.Context, prompt, what, flag string) (string, error)
 		return "", err
 	}
 	defer tty.Close()
-	fmt.Fprint(tty, prompt)
-	s, err := readLine(ctx, tty, true)
+	s, err := readLine(ctx, tty, prompt, true)
 	if err != nil {
 		return "", err
 	}
@@ -119,10 +117,10 @@ func (u *ui) confirm(ctx context.Context, question string) (bool, error) {
 	return a == "y" || a == "yes", err
 }
 
-// readLine reads one line from a terminal straight into locked memory, a byte at
-// a time, and puts the terminal back as it was. The kernel edits the line
+// readLine asks on a terminal and reads one line straight into locked memory, a
+// byte at a time, and puts the terminal back as it was. The kernel edits the line
 // (canonical mode), so backspace works. It gives up when ctx ends.
-func readLine(ctx context.Context, tty *os.File, echo bool) (*secret.Bytes, error) {
+func readLine(ctx context.Context, tty *os.File, prompt string, echo bool) (*secret.Bytes, error) {
 	fd := int(tty.Fd())
 	if !echo {
 		restore, err := echoOff(fd)
@@ -133,6 +131,8 @@ func readLine(ctx context.Context, tty *os.File, echo bool) (*secret.Bytes, erro
 		defer fmt.Fprintln(tty)
 		defer restore()
 	}
+	// Only now: who answers at once must not see the answer echoed.
+	fmt.Fprint(tty, prompt)
 	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
 	if err != nil {
 		return nil, err

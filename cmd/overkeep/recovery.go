@@ -83,7 +83,8 @@ func (a *app) newConfirmer(ctx context.Context, file, keepName string) (*confirm
 	}
 	c := &confirmer{undo: func() {}}
 	c.confirm = func(key *secret.Bytes) error {
-		err := writeRecovery(dir, filepath.Base(path), keepName, key)
+		use := a.here().command("unlock", keepName, "--identity", "FILE")
+		err := writeRecovery(dir, filepath.Base(path), keepName, use, key)
 		if err == nil {
 			c.undo = func() { _ = unix.Unlinkat(int(dir.Fd()), filepath.Base(path), 0) }
 		}
@@ -94,7 +95,7 @@ func (a *app) newConfirmer(ctx context.Context, file, keepName string) (*confirm
 
 // writeRecovery writes the key to a new file in dir, durably, and reads it back.
 // A file that could not be finished is removed again.
-func writeRecovery(dir *os.File, name, keepName string, key *secret.Bytes) (err error) {
+func writeRecovery(dir *os.File, name, keepName, use string, key *secret.Bytes) (err error) {
 	fd, err := unix.Openat(int(dir.Fd()), name, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
 	if err != nil {
 		return &os.PathError{Op: "create", Path: filepath.Join(dir.Name(), name), Err: err}
@@ -110,8 +111,8 @@ func writeRecovery(dir *os.File, name, keepName string, key *secret.Bytes) (err 
 	_, err = fmt.Fprintf(f, "# Recovery key of the overkeep keep %q, made %s.\n"+
 		"# Whoever has this file opens the keep. Keep it away from the machine: print it,\n"+
 		"# or put it on a stick in a drawer. It works as an age identity file:\n"+
-		"#     overkeep unlock %s --identity FILE\n",
-		keepName, time.Now().UTC().Format(time.DateOnly), keepName)
+		"#     %s\n",
+		keepName, time.Now().UTC().Format(time.DateOnly), use)
 	for _, b := range [][]byte{key.Bytes(), []byte("\n")} {
 		if err == nil {
 			_, err = f.Write(b)
@@ -216,8 +217,7 @@ func (u *ui) showRecovery(ctx context.Context, key *secret.Bytes, keepName strin
 	} else {
 		fmt.Fprintln(tty, "  (A taller terminal would also show it as a QR code.)")
 	}
-	fmt.Fprint(tty, "\nPress Enter when you have it; one group will be asked. ")
-	line, err := readLine(ctx, tty, true)
+	line, err := readLine(ctx, tty, "\nPress Enter when you have it; one group will be asked. ", true)
 	line.Wipe()
 	return err
 }

@@ -12,11 +12,12 @@ import (
 )
 
 // usageError is a mistake in the command line. line, if any, is the command line
-// as it was probably meant, as arguments.
+// as it was probably meant, as arguments; command is one of another program.
 type usageError struct {
-	msg  string
-	why  string // of the corrected line
-	line []string
+	msg     string
+	why     string // of the corrected line, or the command
+	line    []string
+	command string
 }
 
 func (e *usageError) Error() string { return e.msg }

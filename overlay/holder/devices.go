@@ -4,7 +4,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"unsafe"
 
@@ -59,7 +58,7 @@ func (m *matcher) deviceHolders(spaces map[uint64]*space, swaps []string) []Hold
 		// mounted: it goes with the last unmount, unless it was told not to.
 		if !slices.Contains(m.target.Devices, l.dev) || !mounted(spaces, l.dev) {
 			out = append(out, Holder{Command: "loop device /dev/" + printable(l.name, 32),
-				Holds: []Hold{{LoopDevice, printable(l.path, 512)}}})
+				Holds: []Hold{{LoopDevice, printable(l.path, maxWhat)}}})
 		}
 		for _, s := range l.stack {
 			out = append(out, Holder{Command: "block device /dev/" + printable(s, 64),
@@ -69,7 +68,7 @@ func (m *matcher) deviceHolders(spaces map[uint64]*space, swaps []string) []Hold
 	for _, s := range swaps {
 		// The kernel allows no swap file on an overlay.
 		if m.pathOurs(s, false) {
-			out = append(out, Holder{Command: "swap file", Holds: []Hold{{SwapFile, printable(s, 512)}}})
+			out = append(out, Holder{Command: "swap file", Holds: []Hold{{SwapFile, printable(s, maxWhat)}}})
 		}
 	}
 	return out
@@ -88,27 +87,27 @@ func mounted(spaces map[uint64]*space, dev uint64) bool {
 // linux/un.h; needs CAP_NET_ADMIN).
 const siocUnixFile = 0x89e0
 
-// boundObject returns the object that descriptor fd of process pid, a unix
-// socket, is bound to.
-func boundObject(pid, fd int) (object, string, error) {
-	p, err := unix.PidfdOpen(pid, 0)
+// boundFile opens, as O_PATH, what descriptor fd of task tid, a unix socket, is
+// bound to.
+func boundFile(tid, fd int) (*os.File, error) {
+	p, err := unix.PidfdOpen(tid, unix.O_EXCL) // PIDFD_THREAD, Linux 6.9
+	if err == unix.EINVAL {
+		p, err = unix.PidfdOpen(tid, 0)
+	}
 	if err != nil {
-		return object{}, "", err
+		return nil, err
 	}
 	defer unix.Close(p)
 	s, err := unix.PidfdGetfd(p, fd, 0)
 	if err != nil {
-		return object{}, "", err
+		return nil, err
 	}
 	defer unix.Close(s)
 	b, err := unix.IoctlRetInt(s, siocUnixFile)
 	if err != nil {
-		return object{}, "", err
+		return nil, err
 	}
-	f := os.NewFile(uintptr(b), "socket")
-	defer f.Close()
-	o, err := lookAtFile(f)
-	return o, readLink(unix.AT_FDCWD, "/proc/self/fd/"+strconv.Itoa(b)), err
+	return os.NewFile(uintptr(b), "socket"), nil
 }
 
 // boundSockets adds to all the sockets of the calling thread's network

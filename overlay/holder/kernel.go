@@ -163,6 +163,42 @@ func overlayIDOf(f *os.File) (FSID, bool, error) {
 	return FSID(st.Fsid.Val), err == nil && st.Type == unix.OVERLAYFS_SUPER_MAGIC, err
 }
 
+// procmapQuery is struct procmap_query of linux/fs.h.
+type procmapQuery struct {
+	size, flags, addr          uint64
+	start, end                 uint64
+	vmaFlags, pageSize, offset uint64
+	inode                      uint64
+	major, minor               uint32
+	nameSize, buildIDSize      uint32
+	nameAddr, buildIDAddr      uint64
+}
+
+// mappedFiles calls f for every mapping of a file, asking an open /proc/PID/maps
+// for one after the other (PROCMAP_QUERY, Linux 6.11): several times as fast as
+// its text. ENOTTY where the kernel cannot.
+func mappedFiles(maps int, f func(mapping)) error {
+	const (
+		query  = 0xc0686611 // _IOWR('f', 17, struct procmap_query)
+		orNext = 0x10       // PROCMAP_QUERY_COVERING_OR_NEXT_VMA
+		backed = 0x20       // PROCMAP_QUERY_FILE_BACKED_VMA
+	)
+	var q procmapQuery
+	for next := uint64(0); ; next = q.end {
+		q = procmapQuery{size: uint64(unsafe.Sizeof(q)), flags: orNext | backed, addr: next}
+		_, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(maps), query, uintptr(unsafe.Pointer(&q)))
+		switch {
+		case e == unix.ENOENT || e == unix.ESRCH: // no more, or the process has ended
+			return nil
+		case e != 0:
+			return e
+		case q.end <= next:
+			return errors.New("mappings are out of order")
+		}
+		f(mapping{start: q.start, end: q.end, dev: unix.Mkdev(q.major, q.minor), ino: q.inode})
+	}
+}
+
 // sameTable tells whether two tasks share what kind names (kcmp(2)). When the
 // kernel does not say, they are taken to differ.
 func sameTable(a, b, kind int) bool {

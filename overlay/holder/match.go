@@ -61,6 +61,7 @@ const (
 type matcher struct {
 	target   Target
 	devices  map[uint64]bool // Target.Devices, and what lies on them
+	unsure   map[uint64]bool // those of devices that no mount shows any more
 	trees    map[uint64][]Tree
 	files    map[FileID]bool
 	mounts   map[uint64]mountClass
@@ -96,13 +97,17 @@ func (t *Target) interesting(m mount) bool {
 // with a layer in it.
 func newMatcher(t Target, s snapshot) *matcher {
 	m := &matcher{
-		target: t, devices: map[uint64]bool{}, trees: map[uint64][]Tree{}, files: map[FileID]bool{},
+		target: t, devices: map[uint64]bool{}, unsure: map[uint64]bool{}, trees: map[uint64][]Tree{}, files: map[FileID]bool{},
 		mounts: map[uint64]mountClass{}, detached: map[uint64]MountRef{},
 	}
 	for _, d := range t.Devices {
-		if !stale(t, s, d) {
-			m.devices[d] = true
+		switch stale(t, s, d) {
+		case yes:
+			continue
+		case askFS:
+			m.unsure[d] = true
 		}
+		m.devices[d] = true
 	}
 	for _, x := range t.Trees {
 		m.trees[x.Dev] = append(m.trees[x.Dev], x)
@@ -152,33 +157,54 @@ func newMatcher(t Target, s snapshot) *matcher {
 
 // stale tells whether device number d, ours when the target was described, has
 // since been given to another filesystem: the kernel uses both anonymous numbers
-// and loop devices again, and a stranger must not be taken for a holder.
-func stale(t Target, s snapshot, d uint64) bool {
-	for _, l := range s.loops {
-		if l.dev == d && len(t.Files) > 0 && l.file != (FileID{}) && !slices.Contains(t.Files, l.file) {
-			return true
+// and loop devices again, and a stranger must not be taken for a holder. The
+// answer is yes, no, or askFS: an overlay that no mount shows any more may be
+// detached, or gone and its number another's by the time it is met.
+func stale(t Target, s snapshot, d uint64) verdict {
+	if unix.Major(d) == loopMajor && len(t.Files) > 0 {
+		for _, l := range s.loops {
+			// Where the device could not be asked it gets the benefit of the doubt.
+			if l.dev == d && (l.file == (FileID{}) || slices.Contains(t.Files, l.file)) {
+				return no
+			}
 		}
+		return yes // unbound, or bound to another file
 	}
 	seen := false
 	for _, sp := range s.spaces {
 		for _, mt := range sp.mounts {
-			if mt.dev != d {
-				continue
-			}
-			seen = true
-			for _, r := range t.Mounts {
-				if r.Dev == d && r.Type == mt.fstype && slices.Equal(r.Layers, layers(mt)) {
-					return false
+			if mt.dev == d {
+				if t.described(mt) {
+					return no
 				}
+				seen = true
 			}
 		}
 	}
-	return seen
+	switch {
+	case seen:
+		return yes
+	case unix.Major(d) == 0 && len(t.Overlays) > 0:
+		return askFS
+	}
+	return no
+}
+
+// described tells whether mt is of a filesystem that was described, by more than
+// its number.
+func (t *Target) described(mt mount) bool {
+	for _, r := range t.Mounts {
+		if r.Dev == mt.dev && r.Type == mt.fstype && slices.Equal(r.Layers, layers(mt)) {
+			return true
+		}
+	}
+	return false
 }
 
 func (m *matcher) mountOurs(mt mount) bool {
 	if m.devices[mt.dev] {
-		return true
+		// A namespace read later may show the number in new hands.
+		return !m.unsure[mt.dev] || m.target.described(mt)
 	}
 	return m.inTree(mt.dev, mt.root)
 }
@@ -231,7 +257,7 @@ func (m *matcher) loopOurs(l loopDevice) bool {
 // judge decides about o. A yes by device, mount or file number is certain; what
 // it leaves open only the kernel can answer.
 func (m *matcher) judge(o object) verdict {
-	if m.devices[o.dev] || m.files[FileID{o.dev, o.ino}] {
+	if m.certain(o.dev) || m.files[FileID{o.dev, o.ino}] {
 		return yes
 	}
 	if o.kind() == unix.S_IFBLK && m.devices[o.rdev] {
@@ -262,6 +288,9 @@ func (m *matcher) judge(o object) verdict {
 	}
 	return no
 }
+
+// certain tells whether whatever has this device number is ours.
+func (m *matcher) certain(dev uint64) bool { return m.devices[dev] && !m.unsure[dev] }
 
 // hasKey tells whether every tree on dev is encrypted.
 func (m *matcher) hasKey(dev uint64) bool {

@@ -136,6 +136,26 @@ func TestObjectInTree(t *testing.T) {
 	}
 }
 
+// A namespace whose root lies in the directory does not make every path ours.
+func TestPathInTreeRoot(t *testing.T) {
+	s := dirSnapshot()
+	s.spaces = append(s.spaces, space{inode: 3, mounts: []mount{{id: 80, parent: 80, dev: host, root: "/var/keep/volume/build", point: "/", fstype: "ext4"}}})
+	m := newMatcher(dirTarget(), s)
+	for path, want := range map[string]bool{"/snap/x.img": false, "/var/keep/volume/x.img": true, "/k/x.img": true} {
+		if got := m.pathInTree(host, path); got != want {
+			t.Errorf("%q: got %v", path, got)
+		}
+	}
+	for path, want := range map[string]bool{"/swapfile": false, "/k/swap": true, "/nix/store/swap": false} {
+		if got := m.pathOurs(path, false); got != want {
+			t.Errorf("swap %q: got %v", path, got)
+		}
+	}
+	if !m.objectInTree(object{dev: host, mnt: 80}, "/fifo") {
+		t.Error("a file through that very mount is not ours")
+	}
+}
+
 func TestStacked(t *testing.T) {
 	s := imageSnapshot()
 	inner, outer, over := unix.Mkdev(7, 8), unix.Mkdev(7, 9), unix.Mkdev(0, 60)
@@ -177,8 +197,17 @@ func TestStale(t *testing.T) {
 		t.Errorf("got devices %v", m.devices)
 	}
 	s = imageSnapshot()
-	s.spaces = nil // detached: nothing contradicts
-	if m := newMatcher(imageTarget(), s); !m.devices[overlay] || !m.devices[disk] {
+	s.spaces = nil // detached: nothing contradicts, but the overlay must be asked
+	m = newMatcher(imageTarget(), s)
+	if m.certain(overlay) || !m.certain(disk) || m.judge(object{dev: overlay, mnt: 51}) != askFS {
+		t.Errorf("got devices %v, unsure %v", m.devices, m.unsure)
+	}
+	// A namespace read after the snapshot shows the number in new hands, or in old.
+	if m.mountOurs(mount{dev: overlay, fstype: "tmpfs", root: "/", point: "/tmp"}) || !m.mountOurs(imageSnapshot().spaces[1].mounts[2]) {
+		t.Error("a mount was taken by its number alone")
+	}
+	s.loops = nil // unbound: the image is no longer on the device
+	if m := newMatcher(imageTarget(), s); m.devices[disk] {
 		t.Errorf("got devices %v", m.devices)
 	}
 }

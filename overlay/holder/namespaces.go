@@ -165,7 +165,8 @@ func Namespaces(ctx context.Context, t Target) ([]NS, error) {
 
 // UnmountIn unmounts in namespace ns every mount of the target, and whatever is
 // mounted on top of one, children before parents. It never detaches: a mount in
-// use stays and is reported. The errors are *UnmountError, joined; mounts that
+// use stays and is reported; a namespace whose root is the target's is left as it
+// is, with EBUSY. The errors are *UnmountError, joined; mounts that
 // are gone already are none.
 //
 // Where the mounts are shared, copies in receiving namespaces go with them.
@@ -187,8 +188,13 @@ func UnmountIn(ns *os.File, t Target) error {
 		}
 		sp := space{inode: o.ino, mounts: all}
 		m := newMatcher(t, snapshot{spaces: []space{sp}, loops: devices})
-		stayed := map[uint64]error{}
 		list := m.ours(all)
+		if i := slices.IndexFunc(list, func(x mount) bool { return x.point == "/" }); i >= 0 {
+			// The root, as of a build sandbox, goes with its processes only; to take
+			// away what is mounted on it would break them and free nothing.
+			return &UnmountError{o.ino, "/", unix.EBUSY}
+		}
+		stayed := map[uint64]error{}
 		for _, mt := range list {
 			if err := unmountOne(mt); err != nil {
 				stayed[mt.id] = err
@@ -216,10 +222,6 @@ func UnmountIn(ns *os.File, t Target) error {
 var errCovered = errors.New("covered by another mount")
 
 func unmountOne(m mount) error {
-	if m.point == "/" {
-		// The root of a namespace, as of a build sandbox, goes with its processes.
-		return unix.EBUSY
-	}
 	// In a namespace of others the names may have changed since: unmount only
 	// what was found. The window that remains is theirs alone to be hurt by.
 	o, err := lookAtNoFollow(m.point)

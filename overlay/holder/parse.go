@@ -161,10 +161,13 @@ func unescapeLayer(s string) string {
 
 // mapping is a line of /proc/PID/maps (proc_pid_maps(5)).
 type mapping struct {
-	addr     []byte // "start-end" in hexadecimal, the name below map_files
-	dev, ino uint64
-	path     []byte // as printed; aliases the line
+	start, end uint64 // addresses
+	dev, ino   uint64
+	path       []byte // as printed; aliases the line; nil when not asked for
 }
+
+// name is the link that leads to the mapped file, from the task's directory.
+func (m mapping) name() string { return fmt.Sprintf("map_files/%x-%x", m.start, m.end) }
 
 // parseMapping parses a line of maps without its newline; a path that was cut
 // off is no error. Mappings without a file have inode 0.
@@ -179,14 +182,17 @@ func parseMapping(line []byte) (mapping, error) {
 			return m, parseError("maps", line)
 		}
 	}
-	major, minor, ok := bytes.Cut(f[3], []byte{':'})
+	from, to, ok := bytes.Cut(f[0], []byte{'-'})
+	major, minor, ok0 := bytes.Cut(f[3], []byte{':'})
 	ma, ok1 := parseUint(major, 16)
 	mi, ok2 := parseUint(minor, 16)
 	ino, ok3 := parseUint(f[4], 10)
-	if !ok || !ok1 || !ok2 || !ok3 || ma > 0xfff || mi > 0xfffff || bytes.IndexByte(f[0], '-') < 0 {
+	start, ok4 := parseUint(from, 16)
+	end, ok5 := parseUint(to, 16)
+	if !ok || !ok0 || !ok1 || !ok2 || !ok3 || !ok4 || !ok5 || ma > 0xfff || mi > 0xfffff {
 		return m, parseError("maps", line)
 	}
-	return mapping{f[0], unix.Mkdev(uint32(ma), uint32(mi)), ino, bytes.TrimLeft(rest, " ")}, nil
+	return mapping{start, end, unix.Mkdev(uint32(ma), uint32(mi)), ino, bytes.TrimLeft(rest, " ")}, nil
 }
 
 // stat is what matters of /proc/PID/stat (proc_pid_stat(5)).

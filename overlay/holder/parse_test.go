@@ -133,10 +133,10 @@ func TestParseMapping(t *testing.T) {
 		want mapping
 	}{
 		{"7f0ceb46b000-7f0ceb46c000 r--s 00000000 00:33 9977901                    /tmp/h/mrg/file",
-			mapping{[]byte("7f0ceb46b000-7f0ceb46c000"), unix.Mkdev(0, 0x33), 9977901, []byte("/tmp/h/mrg/file")}},
-		{"1-2 rw-p 00000000 00:00 0 ", mapping{[]byte("1-2"), 0, 0, []byte{}}},
-		{"1-2 rw-p 00000000 00:00 0", mapping{[]byte("1-2"), 0, 0, []byte{}}},
-		{`1-2 rw-p 0 103:fffff 7 /a\012b (deleted)`, mapping{[]byte("1-2"), unix.Mkdev(0x103, 0xfffff), 7, []byte(`/a\012b (deleted)`)}},
+			mapping{0x7f0ceb46b000, 0x7f0ceb46c000, unix.Mkdev(0, 0x33), 9977901, []byte("/tmp/h/mrg/file")}},
+		{"1-2 rw-p 00000000 00:00 0 ", mapping{1, 2, 0, 0, []byte{}}},
+		{"1-2 rw-p 00000000 00:00 0", mapping{1, 2, 0, 0, []byte{}}},
+		{`1-2 rw-p 0 103:fffff 7 /a\012b (deleted)`, mapping{1, 2, unix.Mkdev(0x103, 0xfffff), 7, []byte(`/a\012b (deleted)`)}},
 	}
 	for _, x := range tests {
 		got, err := parseMapping([]byte(x.line))
@@ -144,7 +144,7 @@ func TestParseMapping(t *testing.T) {
 			t.Errorf("parseMapping(%q) = %+v, %v; want %+v", x.line, got, err, x.want)
 		}
 	}
-	for _, line := range []string{"", "1-2", "12 rw-p 0 0:0 0", "1-2 rw-p 0 00 0", "1-2 rw-p 0 g:0 0", "1-2 rw-p 0 0:0 x", "1-2 rw-p 0 1000:0 0"} {
+	for _, line := range []string{"", "1-2", "12 rw-p 0 0:0 0", "1-2 rw-p 0 00 0", "1-2 rw-p 0 g:0 0", "1-2 rw-p 0 0:0 x", "1-2 rw-p 0 1000:0 0", "1-x rw-p 0 0:0 0", "-1-2 rw-p 0 0:0 0"} {
 		if got, err := parseMapping([]byte(line)); err == nil {
 			t.Errorf("parseMapping(%q) = %+v, want error", line, got)
 		}
@@ -155,8 +155,8 @@ func FuzzParseMapping(f *testing.F) {
 	f.Add([]byte("7f0ceb46b000-7f0ceb46c000 r--s 00000000 00:33 9977901                    /tmp/h/mrg/file"))
 	f.Add([]byte("1-2 rw-p 0 0:0 0"))
 	f.Fuzz(func(t *testing.T, line []byte) {
-		if m, err := parseMapping(line); err == nil && !bytes.Contains(m.addr, []byte{'-'}) {
-			t.Errorf("%q: address %q", line, m.addr)
+		if m, err := parseMapping(line); err == nil && !bytes.HasSuffix(line, m.path) {
+			t.Errorf("%q: path %q", line, m.path)
 		}
 	})
 }

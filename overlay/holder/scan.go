@@ -44,6 +44,7 @@ type scanner struct {
 	own    uint64 // mount namespaces: the caller's and that of process 1
 	host   uint64
 	old    bool // the kernel's maps show inodes below an overlay, see oldMaps
+	text   bool // read maps as text even if the kernel can be asked for what counts
 	only   bool // look for namespaces, not for holders
 
 	match   *matcher
@@ -82,6 +83,7 @@ func newScanner(t Target, skip func(int) bool) (*scanner, error) {
 	if s.skip == nil {
 		s.skip = func(int) bool { return false }
 	}
+	s.text = s.old // the path is needed to tell mappings apart
 	self, err := lookAt(int(proc.Fd()), "thread-self/ns/mnt")
 	if err != nil {
 		proc.Close()
@@ -374,7 +376,7 @@ func (s *scanner) objects() []Holder {
 		for _, mt := range s.match.ours(sp.mounts) {
 			known := slices.ContainsFunc(s.target.Mounts, func(r MountRef) bool { return r.Point == mt.point })
 			if !known {
-				out = append(out, Holder{Command: "mount in the view", Holds: []Hold{{MountPoint, printable(mt.point, 512)}}})
+				out = append(out, Holder{Command: "mount in the view", Holds: []Hold{{MountPoint, printable(mt.point, maxWhat)}}})
 			}
 		}
 	}
@@ -394,7 +396,7 @@ func (s *scanner) objects() []Holder {
 		if u == nil || len(u.points) == 0 || !s.foreign(p.inode) {
 			continue
 		}
-		what := printable(p.point, 512)
+		what := printable(p.point, maxWhat)
 		if n > 1 {
 			what += fmt.Sprintf(" (in %d mount namespaces)", n)
 		}

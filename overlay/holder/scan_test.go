@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"os/exec"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -25,11 +26,11 @@ func (b *bed) scan() []Holder {
 	return got
 }
 
-// offLimits is process 1 where even root may not look into it, as in some
-// containers. It holds nothing of a test's.
+// offLimits tells of a process that even root may not look into, such as one
+// outside of the sandbox that the tests run in. It is none of a test's.
 func offLimits(pid int) bool {
-	_, err := os.Readlink("/proc/1/root")
-	return pid == 1 && errors.Is(err, os.ErrPermission)
+	_, err := os.Readlink("/proc/" + strconv.Itoa(pid) + "/root")
+	return errors.Is(err, os.ErrPermission)
 }
 
 func (b *bed) wantNone(when string) {
@@ -198,6 +199,26 @@ func TestScanPassesOver(t *testing.T) {
 	}
 }
 
+// Another overlay, detached while a file of it is open, is not ours.
+func TestScanPassesOverDetachedOverlay(t *testing.T) {
+	b := newBed(t, "image", ",xino=off")
+	other, upper := b.dir+"/other", b.dir+"/upper"
+	mkdirs(t, other, upper)
+	b.inView(func() error {
+		// A filesystem of its own below, or the overlay would number it as its own.
+		if err := unix.Mount("tmpfs", upper, "tmpfs", 0, "size=1m"); err != nil {
+			return err
+		}
+		mkdirs(t, upper+"/u", upper+"/w")
+		return unix.Mount("overlay", other, "overlay", 0, "xino=off,index=off,lowerdir="+b.host+"/lower,upperdir="+upper+"/u,workdir="+upper+"/w")
+	})
+	b.start("open", other+"/file")
+	b.inView(func() error {
+		return errors.Join(unix.Unmount(other, unix.MNT_DETACH), unix.Unmount(upper, unix.MNT_DETACH))
+	})
+	b.wantNone("another overlay")
+}
+
 // A lazy unmount hides the mounts; the holders stay known.
 func TestScanAfterDetach(t *testing.T) {
 	for _, k := range kinds {
@@ -291,7 +312,7 @@ func TestScanOldMaps(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer s.close()
-	s.old = true
+	s.old, s.text = true, true
 	if err := s.run(context.Background()); err != nil {
 		t.Fatal(err)
 	}
@@ -328,6 +349,34 @@ func TestScanOldMaps(t *testing.T) {
 		return
 	}
 	t.Error("no mapping found")
+}
+
+// Where the kernel cannot be asked for mappings their text gives the same.
+func TestScanMapsText(t *testing.T) {
+	for _, k := range kinds {
+		t.Run(k.name, func(t *testing.T) {
+			b := newBed(t, k.kind, k.options)
+			b.start("mmap", b.merged+"/pkg/lib")
+			b.start("mmap", b.keep+"/home/note")
+			b.start("mmap", b.host+"/lower/pkg/lib")
+			var found [2][]Holder
+			for i := range found {
+				s, err := newScanner(b.target, offLimits)
+				if err != nil {
+					t.Fatal(err)
+				}
+				s.text = i == 0
+				if err := s.run(context.Background()); err != nil {
+					t.Fatal(err)
+				}
+				found[i] = s.found()
+				s.close()
+			}
+			if len(found[0]) != 2 || !reflect.DeepEqual(found[0], found[1]) {
+				t.Errorf("by text %v, by query %v", found[0], found[1])
+			}
+		})
+	}
 }
 
 // Processes that end while they are looked at are no error and no holders.

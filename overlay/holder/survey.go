@@ -15,6 +15,7 @@ const (
 	maxSpaces = 1 << 14 // mount namespaces
 	maxMounts = 1 << 20 // mounts that may matter, and ids of others
 	maxHolds  = 32      // listed for one process
+	maxWhat   = 512     // bytes of a name before escaping
 	maxMemo   = 1 << 16 // mapped files remembered during one scan
 )
 

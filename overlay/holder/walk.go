@@ -54,8 +54,9 @@ func (w *worker) process(pid int) {
 			w.refused(err)
 			continue
 		}
-		// Where the first thread has ended, another still has the memory.
-		memory = memory || w.memory(tdir)
+		if !memory {
+			memory = w.memoryOf(t.tid, tdir)
+		}
 		w.task(tdir, t.tid, t.fs, t.files)
 		unix.Close(tdir)
 	}
@@ -104,7 +105,7 @@ func (w *worker) refused(err error) {
 }
 
 func (w *worker) add(how How, what string) {
-	h := Hold{how, printable(what, 512)}
+	h := Hold{how, printable(what, maxWhat)}
 	if w.seen[h] {
 		return
 	}
@@ -166,6 +167,24 @@ func (w *worker) threads(dir int) []thread {
 		}
 	}
 	return out
+}
+
+// memoryOf looks at the memory of a process whose first thread has ended, through
+// another one. Only /proc/TID, which is not listed but can be opened, has
+// map_files; task, the same thread's directory below the process, tells
+// whether it is still that thread's.
+func (w *worker) memoryOf(tid, task int) bool {
+	dir, err := openFD(int(w.proc.Fd()), strconv.Itoa(tid), unix.O_PATH|unix.O_DIRECTORY)
+	if err != nil {
+		w.refused(err)
+		return false
+	}
+	defer unix.Close(dir)
+	if _, err := lookAt(task, "exe"); err != nil {
+		w.refused(err)
+		return false
+	}
+	return w.memory(dir)
 }
 
 // task looks at what a thread may have for its own.
@@ -267,14 +286,17 @@ func (w *worker) namespaceFile(o object, fds int, name string) {
 // socket decides about a unix socket that is bound on a filesystem of ours or
 // on one we share.
 func (w *worker) socket(b bound, tid int, name string) {
-	if !w.match.devices[b.file.Dev] {
+	if !w.match.certain(b.file.Dev) {
 		n, _ := strconv.Atoi(name)
-		o, path, err := boundObject(tid, n)
+		f, err := boundFile(tid, n)
 		if err == nil {
-			if v := w.match.judge(o); v != yes && (v != askPath || !w.match.objectInTree(o, path)) {
+			defer f.Close()
+			link := "self/fd/" + strconv.Itoa(int(f.Fd()))
+			o, err := lookAtFile(f)
+			if err != nil || !w.ask(o, int(w.proc.Fd()), link) {
 				return
 			}
-			b.name = path
+			b.name = readLink(int(w.proc.Fd()), link)
 		} else if !w.match.pathInTree(b.file.Dev, b.name) {
 			return
 		}
@@ -321,9 +343,8 @@ func (w *worker) sees(dir int) bool {
 	return len(w.space(o.ino, func() *os.File { return nil }).points) > 0
 }
 
-// mapped looks at the mapped files of a task. maps is read whole and only what
-// may be ours is looked at closely through map_files, for one look there costs
-// as much as some twenty lines here.
+// mapped looks at the mapped files of a task: at all by number, closely through
+// map_files only at what may be ours.
 func (w *worker) mapped(dir int) {
 	maps, err := openFD(dir, "maps", unix.O_RDONLY)
 	if err != nil {
@@ -332,43 +353,56 @@ func (w *worker) mapped(dir int) {
 	}
 	defer unix.Close(maps)
 	var last FileID // one file is mapped in several pieces that follow each other
-	err = eachLine(fdReader(maps), w.lines, func(line []byte, _ bool) error {
-		m, err := parseMapping(line)
-		if err != nil {
-			return err
-		}
+	each := func(m mapping) {
 		file := FileID{m.dev, m.ino}
 		if file == (FileID{}) || file == last {
-			return nil
+			return
 		}
 		last = file
 		if w.mappedOurs(dir, m) {
-			what := unescape(bytes.TrimSpace(m.path))
-			if !w.seen[Hold{RunningBinary, printable(what, 512)}] {
+			what := readLink(dir, m.name())
+			if !w.seen[Hold{RunningBinary, printable(what, maxWhat)}] {
 				w.add(MappedFile, what)
 			}
 		}
-		return nil
-	})
+	}
+	err = unix.ENOTTY
+	if !w.text {
+		err = mappedFiles(maps, each)
+	}
+	if err == unix.ENOTTY {
+		err = eachLine(fdReader(maps), w.lines, func(line []byte, _ bool) error {
+			m, err := parseMapping(line)
+			if err == nil {
+				each(m)
+			}
+			return err
+		})
+	}
 	w.refused(err)
 }
 
 func (w *worker) mappedOurs(dir int, m mapping) bool {
 	file := FileID{m.dev, m.ino}
-	if w.match.devices[m.dev] || w.match.files[file] {
+	if w.match.certain(m.dev) || w.match.files[file] {
 		return true
 	}
-	if len(w.match.trees[m.dev]) == 0 && (!w.old || len(w.target.Overlays) == 0) {
+	if len(w.match.trees[m.dev]) == 0 && !w.match.unsure[m.dev] && (!w.old || len(w.target.Overlays) == 0) {
 		return false
 	}
-	key := memoKey{file, maphash.Bytes(w.seed, m.path)}
+	// The same lower file has another path, and another answer, through the
+	// overlay; other mappings of a file differ in nothing.
+	key := memoKey{file: file}
+	if w.old {
+		key.path = maphash.Bytes(w.seed, m.path)
+	}
 	w.mu.Lock()
 	ours, known := w.memo[key]
 	w.mu.Unlock()
 	if known {
 		return ours
 	}
-	name := "map_files/" + string(m.addr)
+	name := m.name()
 	o, err := lookAt(dir, name)
 	switch {
 	case err == nil:
@@ -376,8 +410,8 @@ func (w *worker) mappedOurs(dir int, m mapping) bool {
 	case gone(err):
 		return false
 	case errors.Is(err, unix.EPERM):
-		// map_files needs CAP_CHECKPOINT_RESTORE: the path has to do.
-		path := strings.TrimSuffix(unescape(m.path), " (deleted)")
+		// To follow the link takes CAP_CHECKPOINT_RESTORE; to read it does not.
+		path := strings.TrimSuffix(readLink(dir, name), " (deleted)")
 		ours = w.match.pathInTree(m.dev, path) || w.match.pathOurs(path, true) && w.sees(dir)
 	default:
 		w.refused(err)

@@ -103,9 +103,8 @@ func (k Keep) Building() string {
 
 // At run time.
 
-func (k Keep) RunDir() string   { return filepath.Join(RunRoot(k.Root), k.Name) }
-func (k Keep) RunLock() string  { return filepath.Join(RunRoot(k.Root), "."+k.Name+".lock") }
-func (k Keep) RunState() string { return filepath.Join(k.RunDir(), "state.json") }
+func (k Keep) RunDir() string  { return filepath.Join(RunRoot(k.Root), k.Name) }
+func (k Keep) RunLock() string { return filepath.Join(RunRoot(k.Root), "."+k.Name+".lock") }
 
 // NamespaceDir is a private mount of its own: a mount namespace file can only be
 // bound where the mount is not shared with that namespace (mount_namespaces(7)).

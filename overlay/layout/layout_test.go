@@ -43,7 +43,7 @@ func TestPathsHangBelowTheRoot(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, p := range []string{
-		k.StateDir(), k.Header(), k.Slots(), k.VolumeDir(), k.Building(), k.RunDir(), k.RunLock(), k.RunState(), k.NamespaceDir(),
+		k.StateDir(), k.Header(), k.Slots(), k.VolumeDir(), k.Building(), k.RunDir(), k.RunLock(), k.NamespaceDir(),
 		k.Namespace(), k.Volume(), k.FSMount(), k.SystemSocketDir(), k.LowerSocketDir(), k.SocketDir(), k.NixConfDir(), k.RemountHook(),
 		k.InnerHeader(), k.Upper(), k.Work(), k.NixState(), k.NixDB(), k.Log(), k.Builds(), k.DaemonHome(), k.Tmp(), k.Home("x"),
 		ConfigFile(k.Root), StateRoot(k.Root), RunRoot(k.Root),

@@ -123,7 +123,6 @@ func (k *Keep) forgetNamespace(ns *view.Namespace) error {
 		return err
 	}
 	if inhabited(ino) {
-		_ = os.Remove(k.RunState())
 		return nil
 	}
 	if err := view.Unpin(k.NamespaceDir()); err != nil {
@@ -172,7 +171,8 @@ func opClose(ctx context.Context, c *call) (any, error) {
 	for {
 		err := l.attempt(ctx)
 		if err == nil {
-			return closeResult{l.already}, nil
+			// Device numbers are used again, by anybody.
+			return closeResult{l.already}, removeIfThere(l.targetFile())
 		}
 		var vb *volume.BusyError
 		var wb *view.BusyError
@@ -261,7 +261,7 @@ func (l *locker) describe() error {
 	if l.target, err = holder.Describe(self, points, files...); err != nil {
 		return err
 	}
-	file := filepath.Join(k.RunDir(), "target.json")
+	file := l.targetFile()
 	var before holder.Target
 	if b, err := readSmall(file, 1<<20); err == nil && strictJSON(b, &before) == nil && before.Namespace == l.target.Namespace {
 		l.target = merge(before, l.target)
@@ -271,6 +271,10 @@ func (l *locker) describe() error {
 	}
 	return writeFile(file, encode(l.target), 0o600)
 }
+
+// targetFile is where the description is kept from the first step of a lock to
+// its proof.
+func (l *locker) targetFile() string { return filepath.Join(l.c.k.RunDir(), "target.json") }
 
 // merge joins what an interrupted lock had described with what is there now.
 func merge(a, b holder.Target) holder.Target {
@@ -350,20 +354,30 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// supervisorPID returns the supervisor's pid if it is still that process.
+// supervisorPID returns the pid of whoever listens on the control socket, by the
+// kernel's word (SO_PEERCRED, unix(7)); 0 when nobody does. No file has to be
+// believed for it.
 func supervisorPID(k layout.Keep) int {
-	b, err := readSmall(k.RunState(), maxHeader)
+	conn, err := dialControl(k)
 	if err != nil {
 		return 0
 	}
-	var s runState
-	if strictJSON(b, &s) != nil {
+	defer conn.Close()
+	raw, err := conn.SyscallConn()
+	if err != nil {
 		return 0
 	}
-	if start, err := processStart(s.Supervisor); err != nil || start != s.Start {
-		return 0
-	}
-	return s.Supervisor
+	pid := 0
+	_ = raw.Control(func(fd uintptr) {
+		if c, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil && c.Uid == 0 {
+			pid = int(c.Pid)
+		}
+	})
+	return pid
+}
+
+func dialControl(k layout.Keep) (*net.UnixConn, error) {
+	return net.DialUnix("unix", nil, &net.UnixAddr{Name: filepath.Join(k.LowerSocketDir(), "control"), Net: "unix"})
 }
 
 // own are the supervisor and its idle daemon: they end with the lock and hold
@@ -409,7 +423,7 @@ func (l *locker) stopSupervisor(mode LockMode) {
 
 // control sends one line to the supervisor and returns its answer.
 func control(k layout.Keep, line string) (string, error) {
-	conn, err := net.DialTimeout("unix", filepath.Join(k.LowerSocketDir(), "control"), time.Second)
+	conn, err := dialControl(k)
 	if err != nil {
 		return "", err
 	}

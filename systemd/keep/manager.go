@@ -113,10 +113,7 @@ func (m *Manager) Pick(name, user string) (*Keep, error) {
 // runLock takes the keep's run lock, waiting for nobody: two commands at once on
 // one keep is a mistake that the second is told about.
 func runLock(k layout.Keep) (release func(), err error) {
-	if err := os.MkdirAll(layout.RunRoot(k.Root), 0o755); err != nil {
-		return nil, classified(err)
-	}
-	if err := os.Chmod(layout.RunRoot(k.Root), 0o755); err != nil {
+	if err := mkdirMode(layout.RunRoot(k.Root), 0o755); err != nil {
 		return nil, classified(err)
 	}
 	f, err := os.OpenFile(k.RunLock(), os.O_CREATE|os.O_RDWR|unix.O_NOFOLLOW, 0o600)
@@ -158,12 +155,7 @@ func ensureRunDirs(k layout.Keep, uid, gid int) error {
 		{k.NixConfDir(), 0o755, false},
 		{k.NamespaceDir(), 0o700, false},
 	} {
-		// The mode is set, not asked for: the command runs with umask 077, and the
-		// user must be able to pass through.
-		if err := os.MkdirAll(d.path, d.mode); err != nil {
-			return classified(err)
-		}
-		if err := os.Chmod(d.path, d.mode); err != nil {
+		if err := mkdirMode(d.path, d.mode); err != nil {
 			return classified(err)
 		}
 		if d.own {
@@ -175,11 +167,38 @@ func ensureRunDirs(k layout.Keep, uid, gid int) error {
 	return nil
 }
 
+// mkdirMode makes dir with mode, and missing parents with 0755. The modes are
+// set, not asked for: the command runs with umask 077, and the user must be able
+// to pass through.
+func mkdirMode(dir string, mode os.FileMode) error {
+	err := os.Mkdir(dir, mode)
+	if errors.Is(err, os.ErrNotExist) {
+		if err := mkdirMode(filepath.Dir(dir), 0o755); err != nil {
+			return err
+		}
+		err = os.Mkdir(dir, mode)
+	}
+	if errors.Is(err, os.ErrExist) {
+		fi, lerr := os.Lstat(dir)
+		if lerr == nil && fi.IsDir() && fi.Mode().Perm() == mode {
+			return nil
+		}
+		if lerr == nil && !fi.IsDir() {
+			return err
+		}
+		err = nil
+	}
+	if err != nil {
+		return err
+	}
+	return os.Chmod(dir, mode)
+}
+
 // removeRunDirs takes ensureRunDirs back, file by known file: what something
 // unexpected still lies in or is mounted on stays, and is seen.
 func removeRunDirs(k layout.Keep) {
 	for _, f := range []string{
-		k.RunState(), filepath.Join(k.RunDir(), "target.json"), k.RemountHook(), filepath.Join(k.NixConfDir(), "nix.conf"),
+		filepath.Join(k.RunDir(), "target.json"), k.RemountHook(), filepath.Join(k.NixConfDir(), "nix.conf"),
 		filepath.Join(k.SocketDir(), "socket"), filepath.Join(k.LowerSocketDir(), "socket"),
 		filepath.Join(k.LowerSocketDir(), "control"), supervisorLock(k),
 	} {
@@ -217,6 +236,14 @@ func writeFile(path string, data []byte, mode os.FileMode) error {
 	return renameio.WriteFile(path, data, mode, renameio.IgnoreUmask())
 }
 
+// removeIfThere is os.Remove for what may be gone already.
+func removeIfThere(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
 // syncDir makes renames and unlinks in dir durable.
 func syncDir(dir string) error {
 	d, err := os.Open(dir)
@@ -227,15 +254,15 @@ func syncDir(dir string) error {
 	return d.Sync()
 }
 
-// nixPath is where stock Nix is looked for, in this order.
-var nixPath = []string{
+// NixPath is where stock Nix is looked for, in this order.
+var NixPath = []string{
 	"/run/current-system/sw/bin", "/nix/var/nix/profiles/default/bin",
 	"/usr/local/bin", "/usr/bin", "/bin",
 }
 
-// findProgram looks name up in nixPath.
-func findProgram(name string) (string, error) {
-	for _, d := range nixPath {
+// FindProgram looks name up in NixPath.
+func FindProgram(name string) (string, error) {
+	for _, d := range NixPath {
 		p := filepath.Join(d, name)
 		if fi, err := os.Stat(p); err == nil && fi.Mode().IsRegular() && fi.Mode()&0o111 != 0 {
 			return p, nil

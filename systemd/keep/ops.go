@@ -178,13 +178,28 @@ func withVolume(ctx context.Context, spec volume.Spec, id volume.ID, master *sec
 
 // closeVolume unmounts and removes the key; nil only with proof.
 func closeVolume(ctx context.Context, spec volume.Spec, id volume.ID, at string) error {
-	if err := volume.Unmount(at); err != nil {
+	if err := unmountSoon(ctx, at); err != nil {
 		return err
 	}
 	if err := removeKey(ctx, spec, id); err != nil {
 		return err
 	}
 	return volume.DetachFS(ctx, spec)
+}
+
+// unmountSoon unmounts what only this process used. A look into /proc by somebody
+// else can make it busy for a moment.
+func unmountSoon(ctx context.Context, at string) error {
+	for try := 0; ; try++ {
+		err := volume.Unmount(at)
+		var busy *volume.BusyError
+		if err == nil || !errors.As(err, &busy) || try == 20 {
+			return err
+		}
+		if sleep(ctx, lookAgain) != nil {
+			return err
+		}
+	}
 }
 
 // innerNames are the top-level names of a volume's plaintext.

@@ -112,11 +112,12 @@ func runEnv(env []string, k *Keep, u *user.User, asRoot bool) []string {
 			out = append(out, e)
 		}
 	}
-	out = append(out, "HOME="+u.HomeDir, "USER="+u.Username, "LOGNAME="+u.Username)
 	if asRoot {
-		// Root may write the store directly, so Nix would pass the daemon by.
-		out = append(out, "NIX_REMOTE=daemon")
+		// Root may write the store directly, so Nix would pass the daemon by; and
+		// root's own caches are no place for what is evaluated in the view.
+		return append(append(out, "HOME="+k.DaemonHome(), "USER=root", "LOGNAME=root", "NIX_REMOTE=daemon"), view.Environment(k.Keep)...)
 	}
+	out = append(out, "HOME="+u.HomeDir, "USER="+u.Username, "LOGNAME="+u.Username)
 	if rt := filepath.Join("/run/user", u.Uid); isDir(rt) {
 		out = append(out, "XDG_RUNTIME_DIR="+rt)
 	}

@@ -2,7 +2,6 @@ package keep
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -44,6 +43,8 @@ type Status struct {
 	// ViewComplete says that every mount of the view is there.
 	ViewComplete bool `json:"view_complete"`
 	Supervisor   int  `json:"supervisor,omitempty"` // pid
+	// Trouble says why a keep that is open does not work; empty when it does.
+	Trouble string `json:"trouble,omitempty"`
 
 	SizeTotal  int64  `json:"size_total,omitempty"` // bytes the volume can hold
 	SizeUsed   int64  `json:"size_used,omitempty"`  // bytes used inside it
@@ -250,6 +251,9 @@ func (k *Keep) Status(ctx context.Context) (*Status, error) {
 			break
 		}
 	}
+	if answer, err := control(k.Keep, "status"); err == nil && answer == gaveUp {
+		out.Trouble = "its nix-daemon ended again and again; the reason is at the end of " + filepath.Join(k.Log(), "daemon.log") + ", which root sees in the view"
+	}
 	out.Split = k.split(ctx, st, out)
 	return out, nil
 }
@@ -349,7 +353,7 @@ func filesystem(dir string) (kind string, encrypted bool) {
 // system's own.
 func nixSettings(ctx context.Context, confDir string) map[string]string {
 	out := map[string]string{}
-	nix, err := findProgram("nix")
+	nix, err := FindProgram("nix")
 	if err != nil {
 		return out
 	}
@@ -390,25 +394,4 @@ func (k *Keep) Render() (*Rendered, error) {
 	}
 	conf := nixConfig(k.Keep, k.Header, k.Root)
 	return &Rendered{Store: conf.StoreURL(), NixConf: conf.Render(), Mounts: list, Env: view.Environment(k.Keep)}, nil
-}
-
-// processStart reads the start time of a process in clock ticks since boot
-// (proc_pid_stat(5), field 22), which with the pid names it for good.
-func processStart(pid int) (uint64, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, err
-	}
-	// The command stands in parentheses and may hold spaces and parentheses.
-	i := strings.LastIndexByte(string(b), ')')
-	if i < 0 {
-		return 0, errors.New("malformed stat line")
-	}
-	f := strings.Fields(string(b)[i+1:])
-	if len(f) < 20 || f[0] == "Z" || f[0] == "X" { // a zombie serves nobody
-		return 0, errors.New("no running process")
-	}
-	var v uint64
-	_, err = fmt.Sscan(f[19], &v)
-	return v, err
 }

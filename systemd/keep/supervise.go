@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -24,7 +23,6 @@ import (
 	"overkeep/crypt/crashpoint"
 	"overkeep/overlay/layout"
 	"overkeep/overlay/lower"
-	"overkeep/overlay/nixdb"
 	"overkeep/overlay/pins"
 	"overkeep/overlay/view"
 )
@@ -60,9 +58,12 @@ type supervisor struct {
 	pinner   *pins.Pinner
 	watching sync.WaitGroup // what has the volume open now and then
 
+	stopping sync.Once
+
 	mu       sync.Mutex
 	daemon   int           // pid of the personal nix-daemon, 0 when it does not run
 	starts   int           // since the last unlock
+	gaveUp   bool          // it died again and again
 	draining chan struct{} // nil while serving; closed when the daemon has gone
 }
 
@@ -111,8 +112,8 @@ func superviseMain() int {
 	return 0
 }
 
-// start brings up the sockets and the daemon; on return both sockets listen, and
-// a later command finds this process by its state file.
+// start brings up the sockets and the daemon; on return all sockets listen, and a
+// later command finds this process by its control socket.
 func (s *supervisor) start(ctx context.Context) (*net.UnixListener, error) {
 	var err error
 	s.alone, err = os.OpenFile(supervisorLock(s.k), os.O_CREATE|os.O_RDWR|unix.O_NOFOLLOW, 0o600)
@@ -122,23 +123,18 @@ func (s *supervisor) start(ctx context.Context) (*net.UnixListener, error) {
 	if err := unix.Flock(int(s.alone.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return nil, errorf(CodeBusyRun, s.Name, "keep %q has a supervisor already", s.Name)
 	}
-	start, err := processStart(os.Getpid())
-	if err != nil {
-		return nil, err
-	}
-	crashpoint.At("supervise.state")
-	if err := writeFile(s.k.RunState(), encode(runState{os.Getpid(), start}), 0o600); err != nil {
-		return nil, err
-	}
 	lowerSock, err := listen(filepath.Join(s.k.LowerSocketDir(), "socket"), 0, 0)
 	if err != nil {
 		return nil, err
 	}
 	proxy := &lower.Proxy{
-		Upstream:    filepath.Join(s.k.SystemSocketDir(), "socket"),
-		GCLock:      systemGCLock,
-		BeforeClose: func(ctx context.Context) error { _, err := s.pinner.Add(ctx); return err },
-		AllowUID:    func(uid uint32) bool { return uid == 0 },
+		Upstream: filepath.Join(s.k.SystemSocketDir(), "socket"),
+		GCLock:   systemGCLock,
+		BeforeClose: func(ctx context.Context) (err error) {
+			s.whileNotCollecting(func() { _, err = s.pinner.Add(ctx) })
+			return err
+		},
+		AllowUID: func(uid uint32) bool { return uid == 0 },
 	}
 	s.watching.Go(func() { _ = proxy.Serve(ctx, lowerSock) })
 
@@ -177,7 +173,7 @@ func toNull(fds ...int) error {
 // serve opens the personal socket and starts the daemon on it. s.mu is held, or
 // nothing else runs yet.
 func (s *supervisor) serve() (err error) {
-	s.starts, s.draining = 0, nil
+	s.starts, s.gaveUp, s.draining = 0, false, nil
 	if s.personal, err = listen(filepath.Join(s.k.SocketDir(), "socket"), s.User.UID, s.User.GID); err != nil {
 		return err
 	}
@@ -315,6 +311,7 @@ func (s *supervisor) reap() {
 					s.hangUp()
 					s.draining = make(chan struct{})
 					close(s.draining)
+					s.gaveUp = true
 				}
 			}
 			s.mu.Unlock()
@@ -382,160 +379,58 @@ func children(pid int) []int {
 	return out
 }
 
-// serveControl answers root's commands: "drain", "resume" and "stop", one line
-// each. It returns after "stop".
+// gaveUp is the answer to "status" when the daemon died again and again.
+const gaveUp = "gave up"
+
+// serveControl answers root's commands, one line each. It returns after "stop".
 func (s *supervisor) serveControl(l *net.UnixListener) {
-	for {
-		conn, err := l.Accept()
-		if err != nil {
-			return
-		}
-		line, _ := bufio.NewReader(io.LimitReader(conn, 64)).ReadString('\n')
-		switch strings.TrimSpace(line) {
-		case "drain":
-			fmt.Fprintf(conn, "workers %d\n", len(s.drain()))
-		case "resume":
-			if s.resume() == nil {
-				fmt.Fprintln(conn, "serving")
+	stopped := make(chan struct{})
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
 			}
-		case "stop":
+			go func() {
+				defer conn.Close()
+				line, _ := bufio.NewReader(io.LimitReader(conn, 64)).ReadString('\n')
+				if s.obey(strings.TrimSpace(line), conn) {
+					conn.Close()
+					close(stopped)
+				}
+			}()
+		}
+	}()
+	<-stopped
+}
+
+// obey does one command and reports whether it was the last.
+func (s *supervisor) obey(line string, answer io.Writer) (last bool) {
+	switch line {
+	case "status":
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.gaveUp {
+			fmt.Fprintln(answer, gaveUp)
+		} else {
+			fmt.Fprintln(answer, "well")
+		}
+	case "drain":
+		fmt.Fprintf(answer, "workers %d\n", len(s.drain()))
+	case "resume":
+		if s.resume() == nil {
+			fmt.Fprintln(answer, "serving")
+		}
+	case "stop":
+		s.stopping.Do(func() {
 			s.drain()
 			s.cancel()
 			s.watching.Wait()
 			_, _ = s.pinner.Exact(context.Background())
 			s.pinner.Wait()
-			fmt.Fprintln(conn, "stopped")
-			conn.Close()
-			return
-		}
-		conn.Close()
+			last = true
+		})
+		fmt.Fprintln(answer, "stopped")
 	}
-}
-
-// needs lists what the keep needs of the system store: rows of its database that
-// do not lie in its upper layer, as far as the system store itself says that it
-// has them. Without that question a damaged personal path would be named in the
-// plaintext directory of pins.
-func (s *supervisor) needs(ctx context.Context) ([]string, error) {
-	db := filepath.Join(s.k.NixDB(), "db.sqlite")
-	if _, err := os.Stat(db); errors.Is(err, os.ErrNotExist) {
-		return nil, nil // nothing was ever built
-	}
-	rows, err := nixdb.LowerGraph(ctx, db, s.k.Upper())
-	if err != nil || len(rows.Paths) == 0 {
-		return nil, err
-	}
-	c, err := lower.Dial(ctx, filepath.Join(s.k.SystemSocketDir(), "socket"))
-	if err != nil {
-		return nil, err
-	}
-	defer c.Close()
-	valid, err := c.ValidPaths(ctx, rows.Paths)
-	if err != nil {
-		return nil, err
-	}
-	return minimal(rows, valid), nil
-}
-
-// minimal are the paths among valid that no other of them refers to: a root
-// keeps what it refers to, and fewer roots tell less.
-func minimal(g nixdb.Graph, valid []string) []string {
-	old := make(map[string]int32, len(g.Paths))
-	for i, p := range g.Paths {
-		old[p] = int32(i)
-	}
-	now := make(map[int32]int32, len(valid)) // index in g to index in valid
-	for i, p := range valid {
-		now[old[p]] = int32(i)
-	}
-	var refs [][2]int32
-	for _, r := range g.Refs {
-		from, ok1 := now[r[0]]
-		to, ok2 := now[r[1]]
-		if ok1 && ok2 {
-			refs = append(refs, [2]int32{from, to})
-		}
-	}
-	return pins.Roots(valid, refs)
-}
-
-// settle is how long the database is left alone after a change.
-const settle = time.Second
-
-// watchPins brings the pins up to date after every change of the keep's database.
-func (s *supervisor) watchPins(ctx context.Context) {
-	if err := os.Mkdir(s.k.NixDB(), 0o755); err != nil && !errors.Is(err, os.ErrExist) {
-		return
-	}
-	changes, err := nixdb.Watch(ctx, s.k.NixDB())
-	if err != nil {
-		return
-	}
-	for range changes {
-		// A build writes many times. Its connection holds temporary roots until the
-		// pins are written anyway; this is for what outlives it by a power cut.
-		if sleep(ctx, settle) != nil {
-			continue // to the end of the channel, which the watch itself closes
-		}
-		s.whileNotCollecting(func() { _, _ = s.pinner.Exact(ctx) })
-	}
-}
-
-// whileNotCollecting runs f while the personal collector is kept out, as Nix's
-// own processes keep it out (gc.lock, shared): it copies the rows of the whole
-// system store for its time, and all of it would be pinned.
-func (s *supervisor) whileNotCollecting(f func()) {
-	lock, err := os.OpenFile(filepath.Join(s.k.NixState(), "gc.lock"), os.O_RDWR|unix.O_NOFOLLOW, 0)
-	if err == nil {
-		defer lock.Close()
-		for unix.Flock(int(lock.Fd()), unix.LOCK_SH) == unix.EINTR {
-		}
-	}
-	f()
-}
-
-// watchLower remounts the overlay when the system store grew by a name that the
-// overlay remembers as missing.
-func (s *supervisor) watchLower(ctx context.Context) {
-	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
-	if err != nil {
-		return
-	}
-	f := os.NewFile(uintptr(fd), "inotify")
-	defer f.Close()
-	dir := fmt.Sprintf("/proc/self/fd/%d", s.lowerDir.Fd())
-	if _, err := unix.InotifyAddWatch(fd, dir, unix.IN_CREATE|unix.IN_MOVED_TO|unix.IN_ONLYDIR); err != nil {
-		return
-	}
-	go func() { <-ctx.Done(); f.Close() }()
-	buf := make([]byte, 64<<10)
-	for {
-		n, err := f.Read(buf)
-		if err != nil {
-			return
-		}
-		for _, name := range inotifyNames(buf[:n]) {
-			if _, err := os.Lstat(filepath.Join(layout.NixStore, name)); errors.Is(err, os.ErrNotExist) {
-				if _, err := os.Lstat(filepath.Join(dir, name)); err == nil {
-					_ = view.Remount()
-					break // one remount forgets them all
-				}
-			}
-		}
-	}
-}
-
-// inotifyNames reads the names out of inotify(7) events.
-func inotifyNames(b []byte) []string {
-	var out []string
-	for len(b) >= unix.SizeofInotifyEvent {
-		n := int(uint32(b[12]) | uint32(b[13])<<8 | uint32(b[14])<<16 | uint32(b[15])<<24)
-		if len(b) < unix.SizeofInotifyEvent+n {
-			break
-		}
-		name := string(b[unix.SizeofInotifyEvent : unix.SizeofInotifyEvent+n])
-		out = append(out, strings.TrimRight(name, "\x00"))
-		b = b[unix.SizeofInotifyEvent+n:]
-	}
-	return out
+	return last
 }

@@ -153,9 +153,9 @@ func CheckNix() error {
 
 // checkNix finds a nix-daemon that can serve a keep, and the system's own.
 func checkNix() (string, error) {
-	p, err := findProgram("nix-daemon")
+	p, err := FindProgram("nix-daemon")
 	if err != nil {
-		return "", errorf(CodeNoNix, "nix-daemon", "no nix-daemon found in %v", nixPath)
+		return "", errorf(CodeNoNix, "nix-daemon", "no nix-daemon found in %v", NixPath)
 	}
 	out, err := exec.Command(p, "--version").Output()
 	major, minor, ok := NixVersion(string(out))
@@ -172,12 +172,6 @@ func checkNix() (string, error) {
 	return p, nil
 }
 
-// runState is what a later command needs to find the supervisor again.
-type runState struct {
-	Supervisor int    `json:"supervisor"`
-	Start      uint64 `json:"start"` // of the process, in clock ticks since boot: defeats pid reuse
-}
-
 // startSupervisor starts the process that serves the view, and waits until the
 // personal daemon's socket listens.
 //
@@ -190,7 +184,7 @@ func (k *Keep) startSupervisor(ns *view.Namespace, u view.User, nixDaemon string
 		return errorf(CodeInternal, k.Name, "the supervisor of keep %q does not answer", k.Name)
 	}
 	in, err := json.Marshal(superviseRequest{Root: k.Root, Name: k.Name, User: u, NixDaemon: nixDaemon,
-		Env: nixConfig(k.Keep, k.Header, k.Root).Environment(strings.Join(append([]string{filepath.Dir(nixDaemon)}, nixPath...), ":"))})
+		Env: nixConfig(k.Keep, k.Header, k.Root).Environment(strings.Join(append([]string{filepath.Dir(nixDaemon)}, NixPath...), ":"))})
 	if err != nil {
 		return err
 	}

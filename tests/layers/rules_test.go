@@ -21,7 +21,7 @@ const maxLines = 600 // of a file that is not a test
 // topLevel is all there may be beside hidden files and bin/.
 var topLevel = []string{
 	"cmd", "crypt", "docs", "overlay", "policy", "systemd", "tests",
-	"go.mod", "go.sum", "LICENSE", "Makefile", "README.md", "SECURITY.md",
+	"go.mod", "go.sum", "LICENSE", "Makefile", "README.md", "CHANGELOG.md", "SECURITY.md",
 }
 
 // library folders only return: nothing is printed, nothing exits.
