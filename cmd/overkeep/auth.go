@@ -1,9 +1,11 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 
 	"github.com/spf13/cobra"
@@ -47,13 +49,13 @@ func (f *authFlags) read(ctx context.Context, u *ui, keepName string) (keep.Auth
 	var err error
 	switch {
 	case f.identity != "":
-		s, err = readIdentity(f.identity)
+		s, err = readIdentity(ctx, f.identity)
 		auth.Identity = s
 	case f.recovery:
 		s, err = f.readRecovery(ctx, u, keepName)
 		auth.Identity = s
 	case f.fd >= 0:
-		s, err = readFD(int(f.fd), "passphrase-fd")
+		s, err = readFD(ctx, int(f.fd), "passphrase-fd")
 		auth.Passphrase = s
 	default:
 		what := fmt.Sprintf("keep %q", keepName)
@@ -69,7 +71,7 @@ func (f *authFlags) read(ctx context.Context, u *ui, keepName string) (keep.Auth
 func (f *authFlags) readRecovery(ctx context.Context, u *ui, keepName string) (*secret.Bytes, error) {
 	typed, err := func() (*secret.Bytes, error) {
 		if f.fd >= 0 {
-			return readFD(int(f.fd), "passphrase-fd")
+			return readFD(ctx, int(f.fd), "passphrase-fd")
 		}
 		_ = u.say("The groups may be typed with or without spaces, in either case.")
 		return u.askSecret(ctx, fmt.Sprintf("Recovery key of keep %q (not shown): ", keepName), "the recovery key", "--passphrase-fd 0")
@@ -86,20 +88,35 @@ func (f *authFlags) readRecovery(ctx context.Context, u *ui, keepName string) (*
 }
 
 // readIdentity reads an identity file. A pipe is fine.
-func readIdentity(path string) (*secret.Bytes, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, usagef("--identity: %s", err)
-	}
-	defer f.Close()
-	s, err := secret.Read(f, maxIdentity)
+func readIdentity(ctx context.Context, path string) (*secret.Bytes, error) {
+	s, err := interruptible(ctx, func() (*secret.Bytes, error) {
+		f, err := os.Open(path) // waits for the other end of a pipe
+		if err != nil {
+			return nil, err
+		}
+		defer f.Close()
+		return secret.Read(f, maxIdentity)
+	})
+	var pe *fs.PathError
 	switch {
+	case ctx.Err() != nil:
+		return nil, err
+	case errors.As(err, &pe) && pe.Op == "open":
+		return nil, usagef("--identity: %s", err)
 	case errors.Is(err, secret.ErrTooLong):
 		return nil, usagef("--identity: %q is no private key: it is longer than %d bytes", path, maxIdentity)
 	case err != nil:
 		return nil, usagef("--identity: %q: %s", path, errors.Unwrap(err))
 	case s.Len() == 0:
 		return nil, usagef("--identity: %q is empty", path)
+	}
+	// A file that holds no private key is a mistake of the command line, told before
+	// anything is tried. What needs a question or a plugin is left to the helper.
+	_, err = slot.ParseIdentities(bytes.NewReader(s.Bytes()), nil, nil)
+	var ident *slot.IdentityError
+	if errors.As(err, &ident) && keep.Classify(err).Code == keep.CodeUsage {
+		s.Wipe()
+		return nil, usagef("%q: %s", path, err)
 	}
 	return s, nil
 }
@@ -128,7 +145,7 @@ func (a *app) newPassphrase(ctx context.Context, what string, fd descriptor, fla
 	if fd < 0 {
 		return a.ui.askNewPassphrase(ctx, what, "--"+flag+" 0")
 	}
-	p, err := readFD(int(fd), flag)
+	p, err := readFD(ctx, int(fd), flag)
 	if err != nil {
 		return nil, err
 	}

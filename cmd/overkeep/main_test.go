@@ -29,6 +29,10 @@ func TestScript(t *testing.T) {
 				return err
 			}
 			env.Defer(func() { os.RemoveAll(root) })
+			// Whoever runs there could write: that nothing is made is no accident.
+			if err := os.Chmod(root, 0o777); err != nil {
+				return err
+			}
 			env.Setenv("ROOT", root)
 			u, uid, err := person()
 			env.Setenv("USER", u)
@@ -73,6 +77,8 @@ func nobody(ts *testscript.TestScript, neg bool, args []string) {
 			ts.Check(os.Chmod(d, 0o755))
 		}
 		cmd.Dir = "/"
+		// Where the test writes its coverage, nobody may not.
+		cmd.Env = append(cmd.Env, "GOCOVERDIR="+ts.Getenv("ROOT"))
 	})
 }
 

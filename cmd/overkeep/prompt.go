@@ -206,7 +206,7 @@ func echoOff(fd int) (restore func(), err error) {
 
 // readFD reads a secret from an inherited descriptor to its end. One newline at
 // the end is not part of it.
-func readFD(fd int, flag string) (*secret.Bytes, error) {
+func readFD(ctx context.Context, fd int, flag string) (*secret.Bytes, error) {
 	usage := func(format string, a ...any) error {
 		return &usageError{msg: fmt.Sprintf("--%s %d: ", flag, fd) + fmt.Sprintf(format, a...)}
 	}
@@ -225,8 +225,10 @@ func readFD(fd int, flag string) (*secret.Bytes, error) {
 	if fd > 2 {
 		defer f.Close()
 	}
-	s, err := secret.Read(f, maxSecret)
+	s, err := interruptible(ctx, func() (*secret.Bytes, error) { return secret.Read(f, maxSecret) })
 	switch {
+	case ctx.Err() != nil:
+		return nil, err
 	case errors.Is(err, secret.ErrTooLong):
 		return nil, usage("more than %d bytes", maxSecret)
 	case err != nil:
@@ -237,6 +239,9 @@ func readFD(fd int, flag string) (*secret.Bytes, error) {
 		// It could never be typed at a prompt.
 		if c == '\n' || c == 0 {
 			s.Wipe()
+			if c == 0 {
+				return nil, usage("a NUL byte, which nobody can type")
+			}
 			return nil, usage("more than one line")
 		}
 	}
@@ -276,4 +281,25 @@ func strengthHint(p []byte) string {
 		return "One kind of character only, and not long." + advice
 	}
 	return ""
+}
+
+// interruptible runs read and returns its secret, or aborts when ctx ends: a read
+// of a pipe that nobody writes to cannot be woken, but the program is about to
+// end, and the goroutine with it.
+func interruptible(ctx context.Context, read func() (*secret.Bytes, error)) (*secret.Bytes, error) {
+	type result struct {
+		s   *secret.Bytes
+		err error
+	}
+	done := make(chan result, 1)
+	go func() {
+		s, err := read()
+		done <- result{s, err}
+	}()
+	select {
+	case r := <-done:
+		return r.s, r.err
+	case <-ctx.Done():
+		return nil, aborted("interrupted")
+	}
 }

@@ -306,7 +306,7 @@ func TestReadFD(t *testing.T) {
 		{"\n", "", "nothing came"},
 		{"a\nb\n", "", "more than one line"},
 		{"a\n\n", "", "more than one line"},
-		{"a\x00b", "", "more than one line"},
+		{"a\x00b", "", "NUL"},
 		{strings.Repeat("x", maxSecret+1), "", "more than 4096 bytes"},
 		{strings.Repeat("x", maxSecret), strings.Repeat("x", maxSecret), ""},
 	} {
@@ -320,7 +320,7 @@ func TestReadFD(t *testing.T) {
 			t.Fatal(err)
 		}
 		r.Close()
-		s, err := readFD(fd, "passphrase-fd")
+		s, err := readFD(t.Context(), fd, "passphrase-fd")
 		if x.err == "" && (err != nil || string(s.Bytes()) != x.want) {
 			t.Errorf("%.20q: %v", x.in, err)
 		}
@@ -330,7 +330,7 @@ func TestReadFD(t *testing.T) {
 		s.Wipe()
 	}
 	for _, fd := range []int{-1, 1, 2, 900} {
-		if _, err := readFD(fd, "passphrase-fd"); err == nil {
+		if _, err := readFD(t.Context(), fd, "passphrase-fd"); err == nil {
 			t.Errorf("descriptor %d was taken", fd)
 		}
 	}
@@ -341,7 +341,7 @@ func TestReadFD(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer tty.Close()
-	if _, err := readFD(int(tty.Fd()), "passphrase-fd"); err == nil || !strings.Contains(err.Error(), "terminal") {
+	if _, err := readFD(t.Context(), int(tty.Fd()), "passphrase-fd"); err == nil || !strings.Contains(err.Error(), "terminal") {
 		t.Errorf("a terminal: %v", err)
 	}
 }

@@ -4,13 +4,13 @@ import (
 	"bytes"
 	"encoding/hex"
 	"encoding/json"
-	"fmt"
 	"slices"
 	"time"
+
+	"overkeep/crypt/strictjson"
 )
 
-// The JSON of set.json. Its keys are exact: encoding/json would take "NAME" for
-// "name", which scan refuses.
+// The JSON of set.json.
 type wireSet struct {
 	Version   int        `json:"version"`
 	Features  []string   `json:"features"`
@@ -31,11 +31,6 @@ type wireSlot struct {
 	Label   string `json:"label"`
 	SHA256  string `json:"sha256"`
 }
-
-var (
-	setKeys  = []string{"version", "features", "keep_id", "protector", "policy", "epoch", "confirmed", "slots", "mac"}
-	slotKeys = []string{"name", "kind", "role", "created", "label", "sha256"}
-)
 
 const timeLayout = "2006-01-02T15:04:05Z"
 
@@ -72,13 +67,8 @@ func parse(b []byte) (*Set, error) {
 	if err := judgeVersion(b); err != nil {
 		return nil, err
 	}
-	if err := scan(b); err != nil {
-		return nil, err
-	}
 	var w wireSet
-	d := json.NewDecoder(bytes.NewReader(b))
-	d.DisallowUnknownFields()
-	if err := d.Decode(&w); err != nil {
+	if err := strictjson.Decode(b, &w); err != nil {
 		return nil, &FormatError{Err: err}
 	}
 	s := &Set{
@@ -131,104 +121,4 @@ func judgeVersion(b []byte) error {
 		}
 	}
 	return nil
-}
-
-// scan walks the tokens and refuses what encoding/json lets pass: repeated keys,
-// keys in another case, missing keys, null, invalid UTF-8. What follows the value
-// judgeVersion has refused (json.Unmarshal takes one value and no more).
-func scan(b []byte) error {
-	// json replaces invalid UTF-8 silently.
-	if bytes.ContainsRune(b, '\uFFFD') || !bytes.Equal(b, bytes.ToValidUTF8(b, nil)) {
-		return formatf("invalid UTF-8")
-	}
-	d := json.NewDecoder(bytes.NewReader(b))
-	d.UseNumber()
-	return scanObject(d, setKeys)
-}
-
-func scanObject(d *json.Decoder, keys []string) error {
-	if err := expect(d, '{'); err != nil {
-		return err
-	}
-	seen := make(map[string]bool, len(keys))
-	for d.More() {
-		t, err := d.Token()
-		if err != nil {
-			return &FormatError{Err: err}
-		}
-		key, _ := t.(string) // an object's key is always a string
-		switch {
-		case !slices.Contains(keys, key):
-			return formatf("unknown key %s at byte %d", quote(key), d.InputOffset())
-		case seen[key]:
-			return formatf("key %q repeated at byte %d", key, d.InputOffset())
-		}
-		seen[key] = true
-		switch key {
-		case "slots":
-			err = scanArray(d, func() error { return scanObject(d, slotKeys) })
-		case "features":
-			err = scanArray(d, func() error { return scanValue(d) })
-		default:
-			err = scanValue(d)
-		}
-		if err != nil {
-			return err
-		}
-	}
-	for _, key := range keys {
-		if !seen[key] {
-			return formatf("key %q missing before byte %d", key, d.InputOffset())
-		}
-	}
-	return expect(d, '}')
-}
-
-func scanArray(d *json.Decoder, element func() error) error {
-	if err := expect(d, '['); err != nil {
-		return err
-	}
-	for d.More() {
-		if err := element(); err != nil {
-			return err
-		}
-	}
-	return expect(d, ']')
-}
-
-func scanValue(d *json.Decoder) error {
-	t, err := d.Token()
-	if err != nil {
-		return &FormatError{Err: err}
-	}
-	switch t.(type) {
-	case string, json.Number, bool:
-		return nil
-	}
-	return formatf("%s where a plain value is expected, at byte %d", tokenName(t), d.InputOffset())
-}
-
-func expect(d *json.Decoder, want json.Delim) error {
-	t, err := d.Token()
-	if err != nil {
-		return &FormatError{Err: err}
-	}
-	if t != json.Token(want) {
-		return formatf("%s where %q is expected, at byte %d", tokenName(t), want.String(), d.InputOffset())
-	}
-	return nil
-}
-
-func tokenName(t json.Token) string {
-	switch t := t.(type) {
-	case nil:
-		return "null"
-	case json.Delim:
-		return fmt.Sprintf("%q", t.String())
-	case string:
-		return "a string"
-	case bool:
-		return "a boolean"
-	}
-	return "a number"
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"syscall"
 
 	"overkeep/crypt/slot"
@@ -110,7 +111,12 @@ func Classify(err error) *Error {
 	case errors.Is(err, slot.ErrWrongKey), errors.Is(err, slot.ErrNoSlot):
 		out.Code = CodeWrongKey
 	case errors.As(err, &ident):
+		// A key file that cannot be read as one is the caller's mistake; what is
+		// left are tokens and plugins that did not do their part.
 		out.Code, out.Name = CodePlugin, ident.Slot
+		if badIdentity(err) {
+			out.Code, out.Name = CodeUsage, "identity"
+		}
 	case errors.As(err, &slotErr):
 		out.Code, out.Name = CodeUsage, slotErr.Slot
 	case errors.As(err, &noSwap):
@@ -143,6 +149,11 @@ func Classify(err error) *Error {
 		out.Code = CodeNotRoot
 	}
 	return out
+}
+
+func badIdentity(err error) bool {
+	return slices.ContainsFunc([]error{slot.ErrNoIdentity, slot.ErrRecipient, slot.ErrEncryptedAge, slot.ErrOldPEM,
+		slot.ErrMalformed, slot.ErrUnknownKind, slot.ErrSlowKDF}, func(e error) bool { return errors.Is(err, e) })
 }
 
 // classified is Classify for a result of type error: nil stays an untyped nil.

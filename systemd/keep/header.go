@@ -10,12 +10,14 @@ import (
 	"io"
 	"os"
 	"os/user"
+	"path/filepath"
 	"regexp"
 	"strconv"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"overkeep/crypt/strictjson"
 	"overkeep/crypt/volume"
 	"overkeep/overlay/layout"
 	"overkeep/overlay/view"
@@ -62,11 +64,10 @@ func (h *Header) check(name string) error {
 	bad := func(format string, args ...any) error {
 		return errorf(CodeDamaged, name, "header of keep %q: %s", name, fmt.Sprintf(format, args...))
 	}
+	if err := judgeFormat(h.Version, h.Features, name); err != nil {
+		return err
+	}
 	switch {
-	case h.Version != headerVersion:
-		return errorf(CodeVersion, name, "header of keep %q has version %d; this program knows %d", name, h.Version, headerVersion)
-	case len(h.Features) > 0:
-		return errorf(CodeVersion, name, "keep %q needs feature %q, which this program does not know", name, h.Features[0])
 	case h.Name != name:
 		return bad("it is named %q", h.Name)
 	case !hexID.MatchString(h.ID):
@@ -116,15 +117,20 @@ func strictJSON(b []byte, v any) error {
 	return nil
 }
 
-// ParseHeader checks b as the header of the keep name.
+// ParseHeader checks b as the header of the keep name. Version and features are
+// judged first: a later format may have other keys.
 func ParseHeader(b []byte, name string) (*Header, error) {
-	// The version first: a later format may have other fields.
-	var v struct{ Version int }
-	if err := json.Unmarshal(b, &v); err == nil && v.Version != headerVersion && v.Version != 0 {
-		return nil, errorf(CodeVersion, name, "header of keep %q has version %d; this program knows %d", name, v.Version, headerVersion)
+	var first struct {
+		Version  int      `json:"version"`
+		Features []string `json:"features"`
+	}
+	if json.Unmarshal(b, &first) == nil && first.Version != 0 {
+		if err := judgeFormat(first.Version, first.Features, name); err != nil {
+			return nil, err
+		}
 	}
 	h := new(Header)
-	if err := strictJSON(b, h); err != nil {
+	if err := strictjson.Decode(b, h); err != nil {
 		return nil, errorf(CodeDamaged, name, "header of keep %q: %w", name, err)
 	}
 	if err := h.check(name); err != nil {
@@ -133,10 +139,26 @@ func ParseHeader(b []byte, name string) (*Header, error) {
 	return h, nil
 }
 
+func judgeFormat(version int, features []string, name string) error {
+	if version != headerVersion {
+		return errorf(CodeVersion, name, "header of keep %q has version %d; this program knows %d", name, version, headerVersion)
+	}
+	if len(features) > 0 {
+		return errorf(CodeVersion, name, "keep %q needs feature %q, which this program does not know", name, features[0])
+	}
+	return nil
+}
+
 func readHeader(path, name string) (*Header, error) {
 	b, err := readSmall(path, maxHeader)
 	if errors.Is(err, os.ErrNotExist) {
+		if _, derr := os.Lstat(filepath.Dir(path)); derr == nil {
+			return nil, errorf(CodeDamaged, name, "keep %q has no header", name)
+		}
 		return nil, errorf(CodeNoKeep, name, "there is no keep %q", name)
+	}
+	if errors.Is(err, os.ErrPermission) && os.Geteuid() != 0 {
+		return nil, errorf(CodeNotRoot, name, "keep %q can be looked at by root alone", name)
 	}
 	if err != nil {
 		return nil, errorf(CodeDamaged, name, "header of keep %q: %w", name, err)

@@ -62,8 +62,11 @@ func TestHeaderRefused(t *testing.T) {
 	}{
 		{"empty", "", CodeDamaged},
 		{"not JSON", "hello", CodeDamaged},
-		{"null", "null", CodeVersion},
+		{"null", "null", CodeDamaged},
 		{"array", "[]", CodeDamaged},
+		{"key in another case", strings.Replace(good, `"user"`, `"User"`, 1), CodeDamaged},
+		{"repeated key", strings.Replace(good, `"user"`, `"user": "bob", "user"`, 1), CodeDamaged},
+		{"later feature with a key of its own", strings.Replace(good, `"features": []`, `"features": ["shiny"], "shine": 1`, 1), CodeVersion},
 		{"cut", good[:len(good)/2], CodeDamaged},
 		{"trailing data", good + "{}", CodeDamaged},
 		{"unknown field", strings.Replace(good, `"id"`, `"x": 1, "id"`, 1), CodeDamaged},

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -43,9 +44,10 @@ type LockResult struct {
 
 // Times of the lock. They bound waiting; none is a condition for success.
 const (
-	keyGrace  = 2 * time.Second        // for files that the kernel is still evicting after an unmount
-	killGrace = 5 * time.Second        // between SIGTERM and SIGKILL
-	lookAgain = 100 * time.Millisecond // between two looks at holders that may let go without ending
+	keyGrace    = 2 * time.Second        // for files that the kernel is still evicting after an unmount
+	kernelGrace = 5 * time.Second        // for what no process holds
+	killGrace   = 5 * time.Second        // between SIGTERM and SIGKILL
+	lookAgain   = 100 * time.Millisecond // between two looks at holders that may let go without ending
 )
 
 // Lock closes the keep. It returns nil only with proof: every mount is gone in
@@ -97,7 +99,7 @@ func (k *Keep) lock(ctx context.Context, mode LockMode) (*LockResult, error) {
 		var hs []holder.Holder
 		switch {
 		case name == "waiting" && json.Unmarshal(v, &hs) == nil:
-			k.m.progress(fmt.Sprintf("waiting for %d holders, first %s", len(hs), hs[0]))
+			k.m.progress(fmt.Sprintf("waiting for %s and %d more", hs[0], len(hs)-1))
 		case name == "ended" && json.Unmarshal(v, &hs) == nil:
 			result.Ended = append(result.Ended, hs...)
 		}
@@ -163,7 +165,8 @@ func opClose(ctx context.Context, c *call) (any, error) {
 	}
 	// A look before anything is changed, so that a refusal changes nothing.
 	if c.Locking == LockRefuse {
-		if hs := l.holders(ctx, l.own()); len(hs) > 0 {
+		hs := l.holders(ctx, l.own())
+		if len(hs) > 0 {
 			return nil, l.notLocked("the keep is in use", hs)
 		}
 	}
@@ -207,7 +210,7 @@ type locker struct {
 	list    []view.Mount
 	target  holder.Target
 	already bool
-	tries   int
+	busy    time.Time // since when nothing but the kernel itself holds it; zero: not
 }
 
 func newLocker(c *call) (*locker, error) {
@@ -303,27 +306,32 @@ func (l *locker) notLocked(why string, hs []holder.Holder) error {
 
 // deal applies the lock mode to what holds the keep: nil means try again.
 func (l *locker) deal(ctx context.Context, why error, hs []holder.Holder) error {
-	l.tries++
-	if len(hs) == 0 {
-		// Something let go between the attempt and the look, or it is one of the
-		// few things that show nowhere in /proc.
-		if l.tries < 20 {
-			return sleep(ctx, lookAgain)
+	if !slices.ContainsFunc(hs, func(h holder.Holder) bool { return h.PID > 0 }) {
+		// Something let go between the attempt and the look; or a device is on its
+		// way out, which whoever looks at it (udev, another lock) delays; or it is
+		// one of the few things that show nowhere in /proc.
+		if l.busy.IsZero() {
+			l.busy = time.Now()
 		}
-		return l.notLocked(why.Error()+", and nothing in /proc shows who", nil)
+		if time.Since(l.busy) < kernelGrace || l.c.Locking == LockWait {
+			if sleep(ctx, lookAgain) != nil {
+				return l.notLocked("interrupted while waiting", hs)
+			}
+			return nil
+		}
+		if len(hs) == 0 {
+			return l.notLocked(why.Error()+", and nothing in /proc shows who", nil)
+		}
+		return l.notLocked("held by what is no process", hs)
 	}
+	l.busy = time.Time{}
 	switch l.c.Locking {
 	case LockKill:
-		var procs, others []holder.Holder
+		var procs []holder.Holder
 		for _, h := range hs {
 			if h.PID > 0 {
 				procs = append(procs, h)
-			} else {
-				others = append(others, h)
 			}
-		}
-		if len(procs) == 0 {
-			return l.notLocked("held by what is no process", others)
 		}
 		ctx, cancel := context.WithTimeout(ctx, 2*killGrace)
 		defer cancel()
@@ -334,7 +342,6 @@ func (l *locker) deal(ctx context.Context, why error, hs []holder.Holder) error 
 		return nil
 	case LockWait:
 		l.c.event("waiting", hs)
-		l.tries = 0
 		if err := sleep(ctx, lookAgain); err != nil {
 			return l.notLocked("interrupted while waiting", hs)
 		}
@@ -355,24 +362,31 @@ func sleep(ctx context.Context, d time.Duration) error {
 }
 
 // supervisorPID returns the pid of whoever listens on the control socket, by the
-// kernel's word (SO_PEERCRED, unix(7)); 0 when nobody does. No file has to be
-// believed for it.
+// kernel's word (SO_PEERCRED, unix(7)), or of whoever holds the lock file should
+// the socket have been removed; 0 when there is nobody.
 func supervisorPID(k layout.Keep) int {
-	conn, err := dialControl(k)
+	if conn, err := dialControl(k); err == nil {
+		defer conn.Close()
+		pid := 0
+		if raw, err := conn.SyscallConn(); err == nil {
+			_ = raw.Control(func(fd uintptr) {
+				if c, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil && c.Uid == 0 {
+					pid = int(c.Pid)
+				}
+			})
+		}
+		return pid
+	}
+	f, err := os.OpenFile(supervisorLock(k), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return 0
 	}
-	defer conn.Close()
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return 0
+	defer f.Close()
+	if unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB) == nil {
+		return 0 // nobody holds it; closing lets go again
 	}
 	pid := 0
-	_ = raw.Control(func(fd uintptr) {
-		if c, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil && c.Uid == 0 {
-			pid = int(c.Pid)
-		}
-	})
+	_, _ = fmt.Fscan(io.LimitReader(f, 32), &pid)
 	return pid
 }
 
@@ -410,15 +424,30 @@ func (l *locker) stopSupervisor(mode LockMode) {
 	if err == nil {
 		_, err = control(l.c.k, "stop")
 	}
-	fd, perr := unix.PidfdOpen(pid, 0)
-	if perr != nil {
+	endSupervisor(pid, err == nil)
+}
+
+// endSupervisor waits for the end of a supervisor, which it asks for by signal
+// unless it has been asked already: SIGTERM drains, SIGKILL is for one that hangs.
+func endSupervisor(pid int, asked bool) {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
 		return
 	}
 	defer unix.Close(fd)
-	if err != nil {
-		_ = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
+	signals := []unix.Signal{unix.SIGTERM, unix.SIGKILL}
+	for i, sig := range signals {
+		if i > 0 || !asked {
+			_ = unix.PidfdSendSignal(fd, sig, nil, 0)
+		}
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(killGrace.Milliseconds()))
+		for err == unix.EINTR {
+			n, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(killGrace.Milliseconds()))
+		}
+		if n > 0 {
+			return
+		}
 	}
-	_, _ = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(killGrace.Milliseconds()))
 }
 
 // control sends one line to the supervisor and returns its answer.

@@ -18,6 +18,7 @@ import (
 	"overkeep/crypt/crashpoint"
 	"overkeep/crypt/secret"
 	"overkeep/crypt/slot"
+	"overkeep/crypt/strictjson"
 	"overkeep/crypt/volume"
 	"overkeep/overlay/layout"
 	"overkeep/overlay/view"
@@ -262,7 +263,7 @@ func (c *call) checkInner(epoch uint64) error {
 		return errorf(CodeDamaged, c.Name, "the header inside keep %q: %w", c.Name, err)
 	}
 	var in innerHeader
-	if err := strictJSON(b, &in); err != nil {
+	if err := strictjson.Decode(b, &in); err != nil {
 		return errorf(CodeDamaged, c.Name, "the header inside keep %q: %w", c.Name, err)
 	}
 	a, b2 := in.Header, *c.Header
@@ -309,6 +310,10 @@ func opOpen(ctx context.Context, c *call) (any, error) {
 	if err == nil {
 		crashpoint.At("unlock.view")
 		err = view.Make(list, c.User)
+	}
+	if err == nil {
+		// While everything is mounted: what a later lock has to find.
+		err = (&locker{c: c, spec: spec, id: id, list: list}).describe()
 	}
 	if err != nil {
 		return nil, errors.Join(err, closeVolume(context.WithoutCancel(ctx), spec, id, c.k.Volume()))

@@ -193,6 +193,11 @@ func opState(ctx context.Context, c *call) (any, error) {
 	if u, err := volume.Usage(spec, c.k.Volume()); err == nil {
 		st.SizeTotal, st.SizeUsed, st.SizeOnDisk = u.Total, u.Total-u.Free, u.ImageAllocated+u.FSImageAllocated
 	}
+	if spec.Backend == volume.Dir {
+		// The blocks of the ciphertext; the file system around it is not the keep's.
+		st.SizeTotal, st.SizeUsed = 0, 0
+		st.SizeOnDisk += blocksBelow(spec.Dir)
+	}
 	if entries, err := os.ReadDir(c.k.Upper()); err == nil {
 		for _, e := range entries {
 			if !strings.HasPrefix(e.Name(), ".") && e.Type()&fs.ModeCharDevice == 0 {
@@ -201,6 +206,18 @@ func opState(ctx context.Context, c *call) (any, error) {
 		}
 	}
 	return st, nil
+}
+
+// blocksBelow adds up what the files of a tree take on the disk, in bytes.
+func blocksBelow(dir string) (sum int64) {
+	_ = filepath.WalkDir(dir, func(p string, _ fs.DirEntry, err error) error {
+		var st unix.Stat_t
+		if err == nil && unix.Lstat(p, &st) == nil {
+			sum += st.Blocks * 512
+		}
+		return nil
+	})
+	return sum
 }
 
 // mountedAt reports whether the last mount at target is the view's: an overlay

@@ -123,6 +123,12 @@ func (s *supervisor) start(ctx context.Context) (*net.UnixListener, error) {
 	if err := unix.Flock(int(s.alone.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return nil, errorf(CodeBusyRun, s.Name, "keep %q has a supervisor already", s.Name)
 	}
+	if err := s.alone.Truncate(0); err != nil {
+		return nil, err
+	}
+	if _, err := fmt.Fprintln(s.alone, os.Getpid()); err != nil {
+		return nil, err
+	}
 	lowerSock, err := listen(filepath.Join(s.k.LowerSocketDir(), "socket"), 0, 0)
 	if err != nil {
 		return nil, err
@@ -183,7 +189,7 @@ func (s *supervisor) serve() (err error) {
 	return s.startDaemon()
 }
 
-// supervisorLock is the file that a supervisor holds locked.
+// supervisorLock is the file that a supervisor holds locked; its pid stands in it.
 func supervisorLock(k layout.Keep) string { return filepath.Join(k.LowerSocketDir(), "supervisor") }
 
 // listen makes a Unix socket that only uid (and root) can connect to.

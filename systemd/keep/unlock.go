@@ -177,11 +177,11 @@ func checkNix() (string, error) {
 //
 // One that is left from a lock that was given up serves again.
 func (k *Keep) startSupervisor(ns *view.Namespace, u view.User, nixDaemon string) error {
-	if supervisorPID(k.Keep) != 0 {
+	if pid := supervisorPID(k.Keep); pid != 0 {
 		if answer, err := control(k.Keep, "resume"); err == nil && answer == "serving" {
 			return nil
 		}
-		return errorf(CodeInternal, k.Name, "the supervisor of keep %q does not answer", k.Name)
+		endSupervisor(pid, false)
 	}
 	in, err := json.Marshal(superviseRequest{Root: k.Root, Name: k.Name, User: u, NixDaemon: nixDaemon,
 		Env: nixConfig(k.Keep, k.Header, k.Root).Environment(strings.Join(append([]string{filepath.Dir(nixDaemon)}, NixPath...), ":"))})
