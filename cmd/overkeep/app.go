@@ -107,14 +107,14 @@ Begin with "overkeep help concepts".`,
   sudo overkeep status            where it stands`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
-		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
+		PersistentPreRunE: func(cmd *cobra.Command, args []string) error {
 			a.setVerb(cmd)
 			a.ui.json, a.ui.quiet = a.json, a.quiet
 			_, err := layout.CheckRoot(a.root)
 			if err != nil {
 				return usagef("--%s", err)
 			}
-			return nil
+			return noEmptyWord(cmd, args)
 		},
 	})
 	// The wrapped usage has flags last and exit codes after them.
@@ -239,6 +239,21 @@ func needRoot() error {
 		return nil
 	}
 	return &keep.Error{Code: keep.CodeNotRoot, Message: "this needs root: it mounts, makes namespaces and gives keys to the kernel"}
+}
+
+// noEmptyWord refuses an empty KEEP, as an unset variable of a shell gives it: it
+// must not mean the default one.
+func noEmptyWord(cmd *cobra.Command, args []string) error {
+	if cmd.Name() == cobra.ShellCompRequestCmd || cmd.Name() == cobra.ShellCompNoDescRequestCmd {
+		return nil // an empty word is what is to be completed
+	}
+	if n := cmd.ArgsLenAtDash(); n >= 0 {
+		args = args[:n] // what follows is a command of the user's
+	}
+	if slices.Contains(args, "") {
+		return usagef("a keep's name was given, but it is empty")
+	}
+	return nil
 }
 
 // first is args[0], or "".

@@ -199,7 +199,7 @@ func remedies(e *keep.Error, h here) []remedy {
 			return []remedy{{"Look what it is, and choose another name if it is of use:", "ls -l " + quoteWord(e.Name)}}
 		}
 		other := withKeep(h, e.Name+"-2")
-		if slices.Contains(h.line, e.Name) {
+		if i := slices.Index(h.line, e.Name); i > 0 && h.line[i-1] != "--user" { // else it is the user's name
 			other = replaceWord(h.line, e.Name, e.Name+"-2")
 		}
 		return []remedy{
@@ -240,7 +240,10 @@ func remedies(e *keep.Error, h here) []remedy {
 		return []remedy{{"Nobody asked for that much: treat the slot as planted. Open the keep with the recovery key:", h.command("unlock", k, "--recovery")}}
 
 	case keep.CodeForeign:
-		return []remedy{{"Something else lies where the keep should. See what:", h.command("status", k)}}
+		if strings.Contains(e.Message, "does not exist here") {
+			return []remedy{{"Its user must exist here, with the same number as then (it is in the message):", sudo(h, "useradd --create-home --uid UID "+quoteWord(e.Name))}}
+		}
+		return []remedy{{"What the keep's header says of its user and place:", sudo(h, "cat "+quoteWord(filepath.Join(layout.StateRoot(rootOr(h)), k, "keep.json")))}}
 
 	case keep.CodeUnsupported:
 		var rs []remedy

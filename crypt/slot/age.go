@@ -3,6 +3,7 @@ package slot
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"math"
 	"os"
@@ -54,6 +55,10 @@ func Wrap(master *secret.Bytes, to ...age.Recipient) ([]byte, error) {
 	}
 	var b bytes.Buffer
 	w, err := age.Encrypt(&b, to...)
+	var missing *plugin.NotFoundError
+	if errors.As(err, &missing) {
+		return nil, &IdentityError{Err: fmt.Errorf("the plugin age-plugin-%s is not installed", missing.Name)}
+	}
 	if err != nil {
 		return nil, err
 	}

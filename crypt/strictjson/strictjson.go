@@ -20,6 +20,7 @@ import (
 	"reflect"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // Error says what is wrong and where.
@@ -49,6 +50,10 @@ func Decode(b []byte, v any) error {
 		var te *json.UnmarshalTypeError
 		if errors.As(err, &te) {
 			return &Error{te.Offset, fmt.Sprintf("value of %q is out of range", te.Field)}
+		}
+		var pe *time.ParseError
+		if errors.As(err, &pe) {
+			return &Error{int64(len(b)), fmt.Sprintf("malformed value: %q is no time", clip(pe.Value))}
 		}
 		return &Error{int64(len(b)), "malformed value: " + err.Error()}
 	}

@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -122,6 +124,46 @@ func FuzzInotifyNames(f *testing.F) {
 	f.Add([]byte("short"))
 	f.Add(bytes.Repeat([]byte{0xff}, 16))
 	f.Fuzz(func(t *testing.T, b []byte) { inotifyNames(b) })
+}
+
+// What the keep needs is what its own paths and its roots reach; a row that
+// nothing reaches is not needed.
+func TestReach(t *testing.T) {
+	const s = "/nix/store/"
+	g := nixdb.Graph{Paths: []string{s + "mine", s + "lib", s + "libc", s + "rooted", s + "looked-at", s + "loop"},
+		Refs: [][2]int32{{0, 1}, {1, 2}, {3, 2}, {4, 2}, {5, 5}, {5, 0}}}
+	o := own{upper: map[string]bool{"mine": true}, roots: map[string]bool{s + "rooted": true}}
+	if got, want := o.reach(g), []string{s + "lib", s + "libc", s + "rooted"}; !slices.Equal(got, want) {
+		t.Errorf("reached %q, want %q", got, want)
+	}
+	if got := (own{}).reach(g); got != nil {
+		t.Errorf("an empty keep needs %q", got)
+	}
+}
+
+func TestGCRoots(t *testing.T) {
+	dir := t.TempDir()
+	link := func(target, name string) {
+		t.Helper()
+		p := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(p), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Symlink(target, p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	link("/nix/store/a-direct", "gcroots/direct")
+	link("/nix/store/b-indirect/bin/x", "elsewhere/result")
+	link(filepath.Join(dir, "elsewhere/result"), "gcroots/auto/x")
+	link("/nix/store/c-profile", "profiles/p-1-link")
+	link("p-1-link", "profiles/p")
+	link("/nonexistent", "gcroots/auto/stale")
+	link("/nix/storage/x", "gcroots/auto/other")
+	got := gcRoots(dir)
+	if want := []string{"/nix/store/b-indirect", "/nix/store/a-direct", "/nix/store/c-profile"}; !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
 }
 
 // The roots are those among the valid paths that no other valid one refers to; a

@@ -110,6 +110,12 @@ func opDestroy(ctx context.Context, c *call) (any, error) {
 		spec = c.spec()
 	}
 	crashpoint.At("destroy.volume")
+	if spec.FSImage != "" {
+		if _, lerr := os.Lstat(spec.FSImage); lerr != nil {
+			spec = volume.Spec{Backend: spec.Backend, Dir: filepath.Join(dir, "volume")} // never made, or gone
+			set = nil
+		}
+	}
 	if set != nil {
 		err = volume.Destroy(ctx, spec, volumeID(set))
 	} else if b, rerr := readSmall(filepath.Join(dir, "protector"), 64); rerr == nil {

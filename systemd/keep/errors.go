@@ -143,6 +143,8 @@ func Classify(err error) *Error {
 		out.Code, out.Name = CodeMountPoint, mp.Path
 	case errors.As(err, &name):
 		out.Code, out.Name = CodeUsage, name.Name
+	case errors.Is(err, syscall.EFBIG):
+		out.Code, out.Name = CodeUsage, "size"
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
 		out.Code = CodeNoSpace
 	case errors.Is(err, fs.ErrPermission) && syscall.Geteuid() != 0:
@@ -154,6 +156,23 @@ func Classify(err error) *Error {
 func badIdentity(err error) bool {
 	return slices.ContainsFunc([]error{slot.ErrNoIdentity, slot.ErrRecipient, slot.ErrEncryptedAge, slot.ErrOldPEM,
 		slot.ErrMalformed, slot.ErrUnknownKind, slot.ErrSlowKDF}, func(e error) bool { return errors.Is(err, e) })
+}
+
+// loadSlots is slot.Load with errors that name the keep.
+func loadSlots(dir, name string) (*slot.Set, slot.Files, error) {
+	set, files, err := slot.Load(dir)
+	var format *slot.FormatError
+	switch {
+	case err == nil:
+		return set, files, nil
+	case errors.Is(err, fs.ErrNotExist):
+		err = errorf(CodeDamaged, name, "the slots of keep %q are missing: there is no %q", name, dir)
+	case errors.Is(err, syscall.ENOTDIR), errors.Is(err, syscall.ELOOP):
+		err = errorf(CodeTampered, name, "the slots of keep %q: %q is no directory", name, dir)
+	case errors.As(err, &format) && format.Slot == "":
+		err = errorf(CodeDamaged, name, "the list of slots of keep %q (set.json) is %w", name, err)
+	}
+	return nil, slot.Files{}, err
 }
 
 // classified is Classify for a result of type error: nil stays an untyped nil.

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -69,7 +70,11 @@ func (h *Header) check(name string) error {
 	}
 	switch {
 	case h.Name != name:
-		return bad("it is named %q", h.Name)
+		return errorf(CodeTampered, name, "header of keep %q is that of another one, %q", name, h.Name)
+	case len(h.User) > 64 || strings.ContainsAny(h.User, "/:") || strings.ContainsFunc(h.User, func(r rune) bool { return !strconv.IsPrint(r) }):
+		return bad("user %q cannot be one", h.User)
+	case h.FSImage != "" && (!filepath.IsAbs(h.FSImage) || filepath.Clean(h.FSImage) != h.FSImage || strings.ContainsRune(h.FSImage, 0)):
+		return bad("file %q of its file system is not a clean absolute path", h.FSImage)
 	case !hexID.MatchString(h.ID):
 		return bad("id %q is not 32 hex digits", h.ID)
 	case h.User == "" || h.UID <= 0:
@@ -140,6 +145,9 @@ func ParseHeader(b []byte, name string) (*Header, error) {
 }
 
 func judgeFormat(version int, features []string, name string) error {
+	if version == 0 {
+		return errorf(CodeDamaged, name, "header of keep %q has no version", name)
+	}
 	if version != headerVersion {
 		return errorf(CodeVersion, name, "header of keep %q has version %d; this program knows %d", name, version, headerVersion)
 	}
@@ -189,7 +197,7 @@ func (h *Header) spec(k layout.Keep, stateDir string) volume.Spec {
 func (h *Header) viewUser() (view.User, error) {
 	u, err := user.Lookup(h.User)
 	if err != nil {
-		return view.User{}, errorf(CodeUsage, h.User, "user %q of keep %q: %w", h.User, h.Name, err)
+		return view.User{}, errorf(CodeForeign, h.User, "keep %q belongs to user %q (uid %d), who does not exist here", h.Name, h.User, h.UID)
 	}
 	uid, _ := strconv.Atoi(u.Uid)
 	gid, _ := strconv.Atoi(u.Gid)

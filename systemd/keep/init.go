@@ -68,8 +68,15 @@ func (m *Manager) plan(in *Init) (layout.Keep, *Header, view.User, error) {
 		if in.FSImage, err = filepath.Abs(in.FSImage); err != nil {
 			return fail(err)
 		}
-		if _, err := os.Lstat(in.FSImage); err == nil {
+		_, err := os.Lstat(in.FSImage)
+		if err == nil {
 			return fail(errorf(CodeKeepExists, in.FSImage, "file %q exists already; it is not overwritten", in.FSImage))
+		}
+		if !errors.Is(err, os.ErrNotExist) {
+			return fail(errorf(CodeUsage, in.FSImage, "--on-image %q: %w", in.FSImage, err))
+		}
+		if fi, err := os.Stat(filepath.Dir(in.FSImage)); err != nil || !fi.IsDir() {
+			return fail(errorf(CodeUsage, in.FSImage, "--on-image %q: there is no directory %q", in.FSImage, filepath.Dir(in.FSImage)))
 		}
 	}
 	if (in.Backend == volume.Image || in.FSImage != "") && in.Size < MinSize {

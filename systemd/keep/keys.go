@@ -81,7 +81,7 @@ type KeyList struct {
 
 // Keys lists the slots, without any key.
 func (k *Keep) Keys() (*KeyList, error) {
-	set, files, err := slot.Load(k.Slots())
+	set, files, err := loadSlots(k.Slots(), k.Name)
 	if err != nil {
 		return nil, classified(err)
 	}
@@ -207,14 +207,14 @@ func (k *Keep) Verify(ctx context.Context, auth Auth) (string, error) {
 
 // opKeys replaces the slot set, then pins its epoch inside the volume.
 func opKeys(ctx context.Context, c *call) (any, error) {
-	if err := slot.Sweep(c.slotsDir()); err != nil {
-		return nil, err
-	}
 	set, files, master, _, err := c.openSlots()
 	if err != nil {
 		return nil, err
 	}
 	defer master.Wipe()
+	if err := slot.Sweep(c.slotsDir()); err != nil {
+		return nil, err
+	}
 	spec, id := c.spec(), volumeID(set)
 	// A set that was rolled back as a whole is refused before anything is built
 	// on it, and the new epoch is pinned after: between the two a crash leaves a

@@ -19,7 +19,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"overkeep/crypt/crashpoint"
-	"overkeep/crypt/slot"
 	"overkeep/crypt/volume"
 	"overkeep/overlay/holder"
 	"overkeep/overlay/layout"
@@ -214,7 +213,7 @@ type locker struct {
 }
 
 func newLocker(c *call) (*locker, error) {
-	set, _, err := slot.Load(c.slotsDir())
+	set, _, err := loadSlots(c.slotsDir(), c.Name)
 	if err != nil {
 		return nil, err
 	}

@@ -113,6 +113,12 @@ func (m *Manager) Pick(name, user string) (*Keep, error) {
 // runLock takes the keep's run lock, waiting for nobody: two commands at once on
 // one keep is a mistake that the second is told about.
 func runLock(k layout.Keep) (release func(), err error) {
+	// Before anything is made below the root: it must be root's alone.
+	for _, dir := range []string{k.RunDir(), k.StateDir()} {
+		if err := checkParents(dir); err != nil {
+			return nil, err
+		}
+	}
 	if err := mkdirMode(layout.RunRoot(k.Root), 0o755); err != nil {
 		return nil, classified(err)
 	}
@@ -221,7 +227,12 @@ func checkParents(dir string) error {
 			if st.Mode&unix.S_IFMT == unix.S_IFLNK {
 				return errorf(CodeUsage, p, "%q is a symlink: Nix does not build below one; give the real path with --root", p)
 			}
-			if st.Mode&0o002 != 0 || st.Uid != 0 {
+			if st.Mode&unix.S_IFMT != unix.S_IFDIR {
+				return errorf(CodeUsage, p, "%q is no directory", p)
+			}
+			// A sticky directory is not enough: others may plant names in it. A group
+			// that may write is trusted as root only if it is root's.
+			if st.Mode&0o002 != 0 || st.Uid != 0 || st.Mode&0o020 != 0 && st.Gid != 0 {
 				return errorf(CodeUsage, p, "%q can be changed by others than root: a keep cannot be opened below it", p)
 			}
 		}

@@ -76,7 +76,7 @@ func askSSHPassphrase() (*secret.Bytes, error) {
 
 // openSlots loads the set and opens the master key with what the caller gave.
 func (c *call) openSlots() (set *slot.Set, files slot.Files, master *secret.Bytes, name string, err error) {
-	if set, files, err = slot.Load(c.slotsDir()); err != nil {
+	if set, files, err = loadSlots(c.slotsDir(), c.Name); err != nil {
 		return
 	}
 	if set.KeepID != c.Header.ID {
@@ -296,6 +296,10 @@ func opOpen(ctx context.Context, c *call) (any, error) {
 		return nil, err
 	}
 	defer master.Wipe()
+	// A crash in a key change may have left the old slots beside the new ones.
+	if err := slot.Sweep(c.slotsDir()); err != nil {
+		return nil, err
+	}
 	c.event("key", openResult{name})
 	if c.Restart {
 		return openResult{name}, nil

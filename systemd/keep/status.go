@@ -12,7 +12,6 @@ import (
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
-	"overkeep/crypt/slot"
 	"overkeep/crypt/volume"
 	"overkeep/overlay/holder"
 	"overkeep/overlay/layout"
@@ -166,7 +165,7 @@ func (k *Keep) listening() bool {
 
 // opState looks at the key, the mounts and the sizes inside the namespace.
 func opState(ctx context.Context, c *call) (any, error) {
-	set, _, err := slot.Load(c.slotsDir())
+	set, _, err := loadSlots(c.slotsDir(), c.Name)
 	if err != nil {
 		return nil, err
 	}

@@ -22,29 +22,135 @@ import (
 // What the supervisor does between the two stores: pins, and what the overlay
 // remembers of the system store.
 
-// needs lists what the keep needs of the system store: rows of its database that
-// do not lie in its upper layer, as far as the system store itself says that it
-// has them. Without that question a damaged personal path would be named in the
-// plaintext directory of pins.
+// needs lists what the keep needs of the system store: what its own paths and its
+// gcroots reach there, as far as the system store itself says that it has it.
+//
+// A row in the keep's database is no need: every look at a system path leaves one,
+// and the overlay's collector leaves more (seen with Nix 2.26 and 2.34). And
+// without the question to the system store a damaged personal path would be named
+// in the plaintext directory of pins.
 func (s *supervisor) needs(ctx context.Context) ([]string, error) {
 	db := filepath.Join(s.k.NixDB(), "db.sqlite")
 	if _, err := os.Stat(db); errors.Is(err, os.ErrNotExist) {
 		return nil, nil // nothing was ever built
 	}
-	rows, err := nixdb.LowerGraph(ctx, db, s.k.Upper())
-	if err != nil || len(rows.Paths) == 0 {
+	d, err := nixdb.Open(ctx, db)
+	if err != nil {
 		return nil, err
+	}
+	g, err := d.Graph(ctx, nil)
+	d.Close()
+	if err != nil {
+		return nil, err
+	}
+	mine, err := upperNames(s.k.Upper())
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range gcRoots(s.k.NixState()) {
+		mine.roots[p] = true
+	}
+	wanted := mine.reach(g)
+	if len(wanted) == 0 {
+		return nil, nil
 	}
 	c, err := lower.Dial(ctx, filepath.Join(s.k.SystemSocketDir(), "socket"))
 	if err != nil {
 		return nil, err
 	}
 	defer c.Close()
-	valid, err := c.ValidPaths(ctx, rows.Paths)
+	valid, err := c.ValidPaths(ctx, wanted)
 	if err != nil {
 		return nil, err
 	}
-	return minimal(rows, valid), nil
+	return minimal(g, valid), nil
+}
+
+// own says where a walk of the references begins: at store paths of the upper
+// layer, and at roots.
+type own struct {
+	upper map[string]bool // base names
+	roots map[string]bool // store paths
+}
+
+func upperNames(dir string) (own, error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return own{}, err
+	}
+	o := own{upper: map[string]bool{}, roots: map[string]bool{}}
+	for _, e := range entries {
+		if e.Type()&os.ModeCharDevice == 0 { // a whiteout is the absence of a path
+			o.upper[e.Name()] = true
+		}
+	}
+	return o, nil
+}
+
+// reach returns the paths of g that are reached and do not lie in the upper layer.
+func (o own) reach(g nixdb.Graph) []string {
+	next := make(map[int32][]int32)
+	for _, r := range g.Refs {
+		next[r[0]] = append(next[r[0]], r[1])
+	}
+	seen := make([]bool, len(g.Paths))
+	var stack []int32
+	visit := func(i int32) {
+		if !seen[i] {
+			seen[i] = true
+			stack = append(stack, i)
+		}
+	}
+	for i, p := range g.Paths {
+		if o.upper[filepath.Base(p)] || o.roots[p] {
+			visit(int32(i))
+		}
+	}
+	for len(stack) > 0 {
+		i := stack[len(stack)-1]
+		stack = stack[:len(stack)-1]
+		for _, j := range next[i] {
+			visit(j)
+		}
+	}
+	var out []string
+	for i, p := range g.Paths {
+		if seen[i] && !o.upper[filepath.Base(p)] {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+// gcRoots returns the store paths that the links below a state directory's
+// gcroots and profiles lead to, directly or by one link elsewhere, as Nix's
+// collector follows them (gc.cc, findRoots).
+func gcRoots(state string) []string {
+	var out []string
+	add := func(target string) bool {
+		rest, ok := strings.CutPrefix(target, layout.NixStore+"/")
+		if ok {
+			base, _, _ := strings.Cut(rest, "/")
+			out = append(out, layout.NixStore+"/"+base)
+		}
+		return ok
+	}
+	for _, dir := range []string{"gcroots", "profiles"} {
+		_ = filepath.WalkDir(filepath.Join(state, dir), func(p string, e os.DirEntry, err error) error {
+			if err != nil || e.Type() != os.ModeSymlink {
+				return nil
+			}
+			target, err := os.Readlink(p)
+			if err != nil || add(target) {
+				return nil
+			}
+			if second, err := os.Readlink(target); err == nil && filepath.IsAbs(target) {
+				add(second)
+			}
+			return nil
+		})
+	}
+	return out
 }
 
 // minimal are the paths among valid that no other of them refers to: a root

@@ -88,6 +88,13 @@ func (k *Keep) Unlock(ctx context.Context, auth Auth) (*UnlockResult, error) {
 	var r openResult
 	crashpoint.At("unlock.open")
 	_, err = k.m.child(ctx, "open", req, childOptions{ns: ns, secrets: secrets}, &r)
+	if err != nil && answered(err) && nothingMounted(ns, k.Keep) {
+		// It said itself what is wrong, and took back what it had begun.
+		if fresh {
+			err = errors.Join(err, k.forgetNamespace(ns))
+		}
+		return nil, classified(err)
+	}
 	if err == nil {
 		crashpoint.At("unlock.supervisor")
 		err = k.startSupervisor(ns, u, nixDaemon)
@@ -103,6 +110,29 @@ func (k *Keep) Unlock(ctx context.Context, auth Auth) (*UnlockResult, error) {
 		return nil, classified(errors.Join(classified(err), lerr))
 	}
 	return &UnlockResult{Keep: k.Name, Slot: r.Slot}, nil
+}
+
+// answered reports whether a helper process lived long enough to say what failed.
+func answered(err error) bool {
+	var e *Error
+	return errors.As(err, &e) && e.Code != CodeInternal && e.Code != CodeAborted
+}
+
+// nothingMounted reports whether nothing of the keep is mounted in ns.
+func nothingMounted(ns *view.Namespace, k layout.Keep) bool {
+	return ns.Do(func() error {
+		b, err := os.ReadFile("/proc/thread-self/mountinfo")
+		if err != nil {
+			return err
+		}
+		for line := range strings.Lines(string(b)) {
+			f := strings.Fields(line)
+			if len(f) > 4 && (f[4] == k.Volume() || f[4] == k.FSMount()) || strings.Contains(line, "upperdir="+k.Upper()) {
+				return unix.EBUSY
+			}
+		}
+		return nil
+	}) == nil
 }
 
 // linkHook puts a name for this program where Nix calls it as the remount hook.
