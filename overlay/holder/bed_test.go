@@ -58,7 +58,7 @@ type bed struct {
 	volume  string // dir back-end: the directory, on the "host"
 	host    string // a directory of the filesystem that the lower store is on
 	points  []string
-	files   []string
+	outside []string
 	target  Target
 	atExit  []func()
 	viewEnd func()
@@ -199,8 +199,8 @@ func newSpace(from *os.File) (*os.File, error) {
 }
 
 // newBed makes a keep whose volume is an encrypted directory ("dir") of a
-// filesystem shared with the lower store, or an ext4 image ("image"). options are
-// added to the overlay's.
+// filesystem shared with the lower store, an ext4 image ("image"), or an image in
+// an encrypted directory ("sealed"). options are added to the overlay's.
 func newBed(t testing.TB, kind, options string) *bed {
 	t.Helper()
 	need.OverlayFS(t)
@@ -212,14 +212,19 @@ func newBed(t testing.TB, kind, options string) *bed {
 	b := &bed{t: t, dir: dir, keep: dir + "/k", merged: dir + "/store", host: dir + "/host"}
 	mkdirs(t, b.keep, b.merged, b.host)
 	image := dir + "/image"
-	if kind == "dir" {
+	if kind != "image" {
 		need.Encryption(t)
-		b.mountImage(image, b.host)
+		b.mountImage(dir+"/disk", b.host, 64)
 		t.Cleanup(func() { b.unmount(b.host) })
 		b.volume = b.host + "/volume"
 		mkdirs(t, b.volume)
 		encrypt(t, b.host, b.volume)
-		mkdirs(t, b.volume+"/upper", b.volume+"/work", b.volume+"/home")
+		image = b.volume + "/image"
+		mkdirs(t, b.volume+"/home")
+		writeFile(t, b.volume+"/home/note", strings.Repeat("note\n", 2000))
+	}
+	if kind == "dir" {
+		mkdirs(t, b.volume+"/upper", b.volume+"/work")
 	}
 	mkdirs(t, b.host+"/lower/pkg")
 	writeFile(t, b.host+"/lower/pkg/lib", strings.Repeat("lower\n", 2000))
@@ -234,9 +239,12 @@ func newBed(t testing.TB, kind, options string) *bed {
 				return err
 			}
 		} else {
-			b.mountImage(image, b.keep)
+			b.mountImage(image, b.keep, 16)
 			mkdirs(t, b.keep+"/upper", b.keep+"/work", b.keep+"/home")
-			b.files = []string{image}
+			b.outside = []string{image}
+			if kind == "sealed" {
+				b.outside = append(b.outside, b.volume)
+			}
 		}
 		writeFile(t, b.keep+"/home/note", strings.Repeat("note\n", 2000))
 		opt := fmt.Sprintf("lowerdir=%s/lower,upperdir=%s/upper,workdir=%s/work,index=off,metacopy=off", b.host, b.keep, b.keep)
@@ -248,7 +256,7 @@ func newBed(t testing.TB, kind, options string) *bed {
 		return nil
 	})
 	b.points = []string{b.merged, b.keep}
-	if b.target, err = Describe(b.view, b.points, b.files...); err != nil {
+	if b.target, err = Describe(b.view, b.points, b.outside...); err != nil {
 		t.Fatal(err)
 	}
 	return b
@@ -263,10 +271,10 @@ func (b *bed) unmount(point string) {
 	}
 }
 
-func (b *bed) mountImage(image, point string) {
+func (b *bed) mountImage(image, point string, mib int64) {
 	b.t.Helper()
 	writeFile(b.t, image, "")
-	if err := os.Truncate(image, 16<<20); err != nil {
+	if err := os.Truncate(image, mib<<20); err != nil {
 		b.t.Fatal(err)
 	}
 	if out, err := exec.Command("mkfs.ext4", "-q", "-O", "encrypt", image).CombinedOutput(); err != nil {

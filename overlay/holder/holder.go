@@ -19,14 +19,17 @@
 // characters, line breaks and direction marks are escaped.
 //
 // It needs CAP_SYS_PTRACE (to look into others' processes), CAP_SYS_ADMIN and
-// CAP_SYS_CHROOT (to enter namespaces), Linux 5.8 or later (statx mount ids)
-// and the /proc of the initial process-id namespace: processes outside the
-// caller's pid namespace are invisible.
+// CAP_SYS_CHROOT (to enter namespaces and follow mapped files); CAP_NET_ADMIN and
+// CAP_DAC_READ_SEARCH for sockets and watches on a filesystem shared with the
+// host; Linux 5.8 or later (statx mount ids); and the /proc of the initial
+// process-id namespace: processes outside the caller's are invisible.
 //
 // Blind spots, none of which shows in /proc: descriptors in flight in a unix
-// socket (SCM_RIGHTS) and in no process; a detached copy of a mount tree
-// (open_tree(2)) whose own root is not the keep's; uprobes, process accounting
-// and nfsd exports; whatever a process takes hold of after it was looked at.
+// socket (SCM_RIGHTS) and in no process; what the kernel still closes for a
+// process that has just ended, such as the files of an io_uring; a detached copy
+// of a mount tree (open_tree(2)) whose own root is not the keep's, or a
+// filesystem context (fsopen(2)) of it; uprobes, process accounting and nfsd
+// exports; whatever a process takes hold of after it was looked at.
 package holder
 
 import (

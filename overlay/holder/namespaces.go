@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 
 	"golang.org/x/sys/unix"
 )
@@ -18,18 +19,15 @@ import (
 // mount point of the keep: the overlay, the volume, and what is bound from it.
 // A mount of a whole filesystem makes that filesystem the keep's; one of a
 // directory makes the directory the keep's, with its encryption key if it has
-// one. files are paths in the caller's own namespace: the volume image.
+// one.
 //
-// It fails with *MountPointError or *PolicyError.
-func Describe(view *os.File, points []string, files ...string) (Target, error) {
+// outside are paths in the caller's own namespace that are the keep's, too: the
+// volume image, and the encrypted directory that the image or the volume lies
+// in, for whatever is open there keeps the key in use.
+//
+// It fails with *MountPointError, *PolicyError or *os.PathError.
+func Describe(view *os.File, points []string, outside ...string) (Target, error) {
 	var t Target
-	for _, name := range files {
-		o, err := lookAt(unix.AT_FDCWD, name)
-		if err != nil {
-			return Target{}, &os.PathError{Op: "stat", Path: name, Err: err}
-		}
-		t.Files = append(t.Files, FileID{o.dev, o.ino})
-	}
 	ns, err := lookAtFile(view)
 	if err != nil {
 		return Target{}, fmt.Errorf("look at the view's namespace: %w", err)
@@ -40,6 +38,11 @@ func Describe(view *os.File, points []string, files ...string) (Target, error) {
 		return Target{}, err
 	}
 	defer proc.Close()
+	for _, name := range outside {
+		if err := t.describeOutside(name, proc); err != nil {
+			return Target{}, err
+		}
+	}
 	err = onThread(func() error {
 		mounts, err := mountsIn(view, proc)
 		if err != nil {
@@ -90,16 +93,51 @@ func (t *Target) describe(point string, mounts []mount) error {
 		}
 		return nil
 	}
-	tree := Tree{Dev: m.dev, Path: m.root}
+	return t.addTree(Tree{Dev: m.dev, Path: m.root}, o, point)
+}
+
+// describeOutside adds a file or directory of the caller's own namespace to t.
+func (t *Target) describeOutside(name string, proc *os.File) error {
+	f, err := openAt(unix.AT_FDCWD, name, unix.O_PATH)
+	if err != nil {
+		return &os.PathError{Op: "open", Path: name, Err: err}
+	}
+	defer f.Close()
+	o, err := lookAtFile(f)
+	if err != nil {
+		return &os.PathError{Op: "stat", Path: name, Err: err}
+	}
+	if o.kind() != unix.S_IFDIR {
+		t.Files = append(t.Files, FileID{o.dev, o.ino})
+		return nil
+	}
+	path, root := readLink(int(proc.Fd()), "self/fd/"+strconv.Itoa(int(f.Fd()))), ""
+	err = readMounts(int(proc.Fd()), bufio.NewReaderSize(nil, maxLine), func(m mount) {
+		if m.id == o.mnt && below(path, m.point) {
+			root = rebase(path, m)
+		}
+	})
+	if err != nil {
+		return err
+	}
+	if root == "" {
+		return &MountPointError{name}
+	}
+	return t.addTree(Tree{Dev: o.dev, Path: root}, o, name)
+}
+
+// addTree adds a directory, asking for its key by its name in the namespace of
+// the calling thread.
+func (t *Target) addTree(tree Tree, o object, name string) error {
 	if o.encrypted {
-		var version int
-		tree.Key, version, err = policyKey(unix.AT_FDCWD, point)
+		key, version, err := policyKey(unix.AT_FDCWD, name)
 		if err != nil {
-			return &os.PathError{Op: "get encryption policy", Path: point, Err: err}
+			return &os.PathError{Op: "get encryption policy", Path: name, Err: err}
 		}
-		if tree.Key == "" {
-			return &PolicyError{point, version}
+		if key == "" {
+			return &PolicyError{name, version}
 		}
+		tree.Key = key
 	}
 	if !slices.Contains(t.Trees, tree) {
 		t.Trees = append(t.Trees, tree)
@@ -141,12 +179,11 @@ func (n NS) Close() error { return n.File.Close() }
 // of processes and threads, those kept by an open descriptor and those bound to
 // a file. The caller closes each. With *IncompleteError come those found.
 func Namespaces(ctx context.Context, t Target) ([]NS, error) {
-	s, err := newScanner(t, nil)
+	s, err := newScanner(t, nil, true)
 	if err != nil {
 		return nil, err
 	}
 	defer s.close()
-	s.only = true
 	if err := s.run(ctx); err != nil {
 		return nil, err
 	}

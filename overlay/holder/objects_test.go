@@ -60,7 +60,7 @@ func TestScanNamesWhatIsStacked(t *testing.T) {
 	disk, point, over := b.dir+"/disk", b.dir+"/stacked", b.dir+"/over"
 	mkdirs(t, disk, point, over)
 	b.inView(func() error {
-		b.mountImage(b.keep+"/home/inner", point)
+		b.mountImage(b.keep+"/home/inner", point, 4)
 		writeFile(t, point+"/file", "x\n")
 		return unix.Mount("overlay", over, "overlay", unix.MS_RDONLY, "lowerdir="+b.merged+"/d:"+b.host+"/lower")
 	})
@@ -98,11 +98,11 @@ func TestScanNamesBlockDevice(t *testing.T) {
 	h.end()
 	b.wantNone("after")
 	// The image itself, opened on the host.
-	h = b.start("open", b.files[0])
+	h = b.start("open", b.outside[0])
 	b.wantOnly(h.pid, OpenFile, "image")
 	h.end()
 	// A second device on it.
-	second, err := loop.Attach(b.files[0])
+	second, err := loop.Attach(b.outside[0])
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -409,6 +409,11 @@ func TestDescribe(t *testing.T) {
 	}
 	if _, err := Describe(b.view, []string{b.dir + "/none"}); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("got %v, want not exist", err)
+	}
+	key := b.target.Trees[0].Key
+	b = newBed(t, "sealed", "")
+	if len(b.target.Trees) != 1 || b.target.Trees[0].Path != "/volume" || b.target.Trees[0].Key == key || len(b.target.Devices) != 2 || len(b.target.Files) != 1 {
+		t.Errorf("got %+v", b.target)
 	}
 	b = newBed(t, "image", "")
 	if len(b.target.Trees) != 0 || len(b.target.Devices) != 2 || len(b.target.Files) != 1 {

@@ -79,6 +79,13 @@ var roles = map[string]func(args []string) error{
 		_, err = unix.InotifyAddWatch(fd, a[0], unix.IN_MODIFY)
 		return err
 	},
+	"fanotify": func(a []string) error {
+		fd, err := unix.FanotifyInit(unix.FAN_CLASS_NOTIF|unix.FAN_CLOEXEC, unix.O_RDONLY)
+		if err != nil {
+			return err
+		}
+		return unix.FanotifyMark(fd, unix.FAN_MARK_ADD, unix.FAN_OPEN, unix.AT_FDCWD, a[0])
+	},
 	// The first thread ends, another lives on with what both had.
 	"no-leader": func(a []string) error {
 		if err := keepOpen(a[0]); err != nil {

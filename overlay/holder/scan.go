@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"hash/maphash"
 	"os"
@@ -23,7 +24,7 @@ import (
 // What cannot be looked at is reported by *IncompleteError, together with the
 // holders that were found. Another error, such as the context's, comes with none.
 func Scan(ctx context.Context, t Target, skip func(pid int) bool) ([]Holder, error) {
-	s, err := newScanner(t, skip)
+	s, err := newScanner(t, skip, false)
 	if err != nil {
 		return nil, err
 	}
@@ -72,12 +73,12 @@ type memoKey struct {
 	path uint64
 }
 
-func newScanner(t Target, skip func(int) bool) (*scanner, error) {
+func newScanner(t Target, skip func(int) bool, only bool) (*scanner, error) {
 	proc, err := openProc()
 	if err != nil {
 		return nil, err
 	}
-	s := &scanner{target: t, skip: skip, proc: proc, old: oldMaps(),
+	s := &scanner{target: t, skip: skip, only: only, proc: proc, old: oldMaps(),
 		sockets: map[uint64]bound{}, spaces: map[uint64]*spaceUse{}, memo: map[memoKey]bool{},
 		seed: maphash.MakeSeed(), fsids: map[uint64]bool{}}
 	if s.skip == nil {
@@ -100,7 +101,7 @@ func newScanner(t Target, skip func(int) bool) (*scanner, error) {
 		}
 		f.Close()
 	}
-	s.survey = &survey{target: &s.target, proc: int(proc.Fd()), nsfs: s.nsfs,
+	s.survey = &survey{target: &s.target, proc: int(proc.Fd()), nsfs: s.nsfs, keep: only,
 		spaces: map[uint64]*space{}, files: map[uint64]*os.File{}, pins: map[pin]int{}}
 	return s, nil
 }
@@ -152,10 +153,7 @@ func (s *scanner) run(ctx context.Context) error {
 	}
 	close(work)
 	group.Wait()
-	// The caller comes last, when the scan itself holds nothing any more.
-	if !s.only {
-		s.survey.close()
-	}
+	// The caller comes last, when the scan itself has nothing open any more.
 	if ctx.Err() == nil && !s.skip(self) {
 		newWorker(s).process(self)
 	}
@@ -173,17 +171,25 @@ func (s *scanner) prepare(pids []int) {
 	for _, pid := range pids {
 		dirs = append(dirs, strconv.Itoa(pid))
 	}
+	handle := func(name string) *os.File {
+		f, err := openAt(proc, name, unix.O_RDONLY)
+		// A refusal is met again, and reported, when the process is looked at.
+		if err != nil && !gone(err) && !errors.Is(err, os.ErrPermission) {
+			s.missing("a namespace", err)
+		}
+		return f
+	}
 	for _, dir := range dirs {
 		if o, err := lookAt(proc, dir+"/ns/mnt"); err == nil && !seen[o.ino] {
-			if f, err := openAt(proc, dir+"/ns/mnt", unix.O_RDONLY); err == nil {
+			if f := handle(dir + "/ns/mnt"); f != nil {
 				spaces, seen[o.ino] = append(spaces, f), true
 			}
 		}
 		if s.only {
 			continue
 		}
-		if o, err := lookAt(proc, dir+"/ns/net"); err == nil && nets[o.ino] == nil && len(nets) < maxSpaces {
-			if f, err := openAt(proc, dir+"/ns/net", unix.O_RDONLY); err == nil {
+		if o, err := lookAt(proc, dir+"/ns/net"); err == nil && nets[o.ino] == nil {
+			if f := handle(dir + "/ns/net"); f != nil {
 				nets[o.ino] = f
 			}
 		}

@@ -58,6 +58,7 @@ var kinds = []struct{ name, kind, options string }{
 	{"image xino", "image", ",xino=auto"},
 	{"image without xino", "image", ",xino=off"},
 	{"dir", "dir", ",xino=auto"},
+	{"image in dir", "sealed", ",xino=auto"},
 }
 
 // Every way in which a process holds the keep is named with its process id, and
@@ -95,7 +96,7 @@ func TestScanNamesProcess(t *testing.T) {
 				{"thread-ns", "", MountNamespace, b.keep},
 				{"io_uring", b.merged + "/pkg/lib", OpenFile, "lib (registered"},
 			}
-			if k.kind == "dir" {
+			if k.kind != "image" {
 				// The volume's own place on the host leads to the same inodes.
 				tests = append(tests,
 					holding{"open", b.volume + "/home/note", OpenFile, "note"},
@@ -105,7 +106,8 @@ func TestScanNamesProcess(t *testing.T) {
 					holding{"fifo", b.volume + "/home/fifo2", OpenFile, "fifo2"},
 					holding{"socket", b.volume + "/home/socket2", UnixSocket, "socket2"},
 					holding{"deleted", b.volume + "/home/gone2", OpenFile, "gone2"},
-					holding{"inotify", b.keep + "/home", WatchedFile, "inode"},
+					holding{"inotify", b.volume + "/home", WatchedFile, "inode"},
+					holding{"fanotify", b.volume + "/home/note", WatchedFile, "fanotify"},
 					holding{"inotify", b.volume + "/home/note", WatchedFile, "inode"},
 				)
 			}
@@ -183,7 +185,7 @@ func TestScanPassesOver(t *testing.T) {
 			b.start("inotify", b.host+"/lower")
 			b.start("socket", b.host+"/lower/socket")
 			b.start("fifo", b.host+"/lower/fifo")
-			if k.kind == "dir" {
+			if k.kind != "image" {
 				// Another user's encrypted directory on the same filesystem.
 				other := b.host + "/other"
 				mkdirs(t, other)
@@ -307,7 +309,7 @@ func TestScanOldMaps(t *testing.T) {
 	b := newBed(t, "image", ",xino=off")
 	h := b.start("mmap", b.merged+"/pkg/lib")
 	b.start("mmap", b.host+"/lower/pkg/lib")
-	s, err := newScanner(b.target, offLimits)
+	s, err := newScanner(b.target, offLimits, false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -361,7 +363,7 @@ func TestScanMapsText(t *testing.T) {
 			b.start("mmap", b.host+"/lower/pkg/lib")
 			var found [2][]Holder
 			for i := range found {
-				s, err := newScanner(b.target, offLimits)
+				s, err := newScanner(b.target, offLimits, false)
 				if err != nil {
 					t.Fatal(err)
 				}

@@ -31,6 +31,7 @@ type survey struct {
 	proc   int // the caller's /proc
 	nsfs   uint64
 	spaces map[uint64]*space
+	keep   bool                // keep the handles, for Namespaces
 	files  map[uint64]*os.File // handles of spaces
 	pins   map[pin]int         // in how many namespaces it shows
 	kept   int
@@ -79,7 +80,12 @@ func (v *survey) readOne(f *os.File, lines *bufio.Reader) (more []*os.File) {
 		return nil
 	}
 	sp := &space{inode: o.ino}
-	v.spaces[o.ino], v.files[o.ino] = sp, f
+	v.spaces[o.ino] = sp
+	if v.keep {
+		v.files[o.ino] = f
+	} else {
+		defer f.Close()
+	}
 	if err := enter(f); err != nil {
 		v.fail(name, err)
 		return nil
@@ -142,7 +148,6 @@ func (v *survey) close() {
 	for _, f := range v.files {
 		f.Close()
 	}
-	clear(v.files)
 }
 
 // isMountNamespace asks what kind of namespace f is (ioctl_nsfs(2)).

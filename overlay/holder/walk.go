@@ -51,7 +51,7 @@ func (w *worker) process(pid int) {
 	for _, t := range w.threads(dir) {
 		tdir, err := openFD(dir, "task/"+strconv.Itoa(t.tid), unix.O_PATH|unix.O_DIRECTORY)
 		if err != nil {
-			w.refused(err)
+			w.refused(dir, err)
 			continue
 		}
 		if !memory {
@@ -87,7 +87,7 @@ func (w *worker) memory(dir int) bool {
 	}
 	o, err := lookAt(dir, "exe")
 	if err != nil {
-		w.refused(err)
+		w.refused(dir, err)
 		return false
 	}
 	if w.ask(o, dir, "exe") {
@@ -97,14 +97,25 @@ func (w *worker) memory(dir int) bool {
 	return true
 }
 
-// refused notes err unless the process or descriptor just went away.
-func (w *worker) refused(err error) {
-	if err != nil && !gone(err) && w.err == nil {
-		w.err = err
+// refused notes err, met below the directory of a task, unless the task or the
+// descriptor just went away. The links of /proc say "permission denied" then, as
+// for a task that may not be looked at (proc_fd_access_allowed in fs/proc/base.c).
+func (w *worker) refused(dir int, err error) {
+	if err == nil || w.err != nil || gone(err) {
+		return
 	}
+	if errors.Is(err, os.ErrPermission) {
+		if _, serr := readAt(dir, "stat", 4096); serr != nil {
+			return
+		}
+	}
+	w.err = err
 }
 
 func (w *worker) add(how How, what string) {
+	if what == "" {
+		what = "?"
+	}
 	h := Hold{how, printable(what, maxWhat)}
 	if w.seen[h] {
 		return
@@ -129,17 +140,17 @@ type thread struct {
 func (w *worker) threads(dir int) []thread {
 	var st unix.Stat_t
 	if err := unix.Fstatat(dir, "task", &st, 0); err != nil || st.Nlink <= 3 {
-		w.refused(err)
+		w.refused(dir, err)
 		return nil // "task" has two links and one a thread (proc_task_getattr)
 	}
 	tasks, err := openFD(dir, "task", unix.O_RDONLY|unix.O_DIRECTORY)
 	if err != nil {
-		w.refused(err)
+		w.refused(dir, err)
 		return nil
 	}
 	defer unix.Close(tasks)
 	var tids []int
-	w.refused(names(tasks, w.dirents, func(s string) {
+	w.refused(dir, names(tasks, w.dirents, func(s string) {
 		if tid, err := strconv.Atoi(s); err == nil && tid != w.pid {
 			tids = append(tids, tid)
 		}
@@ -176,12 +187,12 @@ func (w *worker) threads(dir int) []thread {
 func (w *worker) memoryOf(tid, task int) bool {
 	dir, err := openFD(int(w.proc.Fd()), strconv.Itoa(tid), unix.O_PATH|unix.O_DIRECTORY)
 	if err != nil {
-		w.refused(err)
+		w.refused(task, err)
 		return false
 	}
 	defer unix.Close(dir)
 	if _, err := lookAt(task, "exe"); err != nil {
-		w.refused(err)
+		w.refused(task, err)
 		return false
 	}
 	return w.memory(dir)
@@ -204,7 +215,7 @@ func (w *worker) task(dir, tid int, fs, files bool) {
 func (w *worker) link(dir int, name string, how How) {
 	o, err := lookAt(dir, name)
 	if err != nil {
-		w.refused(err)
+		w.refused(dir, err)
 		return
 	}
 	if w.ask(o, dir, name) {
@@ -215,12 +226,12 @@ func (w *worker) link(dir int, name string, how How) {
 func (w *worker) namespace(dir int) {
 	o, err := lookAt(dir, "ns/mnt")
 	if err != nil {
-		w.refused(err)
+		w.refused(dir, err)
 		return
 	}
 	u := w.space(o.ino, func() *os.File {
 		f, err := openAt(dir, "ns/mnt", unix.O_RDONLY)
-		w.refused(err)
+		w.refused(dir, err)
 		return f
 	})
 	if len(u.points) == 0 {
@@ -239,14 +250,14 @@ func (w *worker) namespace(dir int) {
 func (w *worker) descriptors(dir, tid int) {
 	fds, err := openFD(dir, "fd", unix.O_RDONLY|unix.O_DIRECTORY)
 	if err != nil {
-		w.refused(err)
+		w.refused(dir, err)
 		return
 	}
 	defer unix.Close(fds)
-	w.refused(names(fds, w.dirents, func(name string) {
+	w.refused(dir, names(fds, w.dirents, func(name string) {
 		o, err := lookAt(fds, name)
 		if err != nil {
-			w.refused(err)
+			w.refused(dir, err)
 			return
 		}
 		switch {
@@ -313,15 +324,13 @@ func (w *worker) anonymous(dir, fds int, name string) {
 			return
 		}
 		for _, x := range parseWatches(w.info(dir, name)) {
-			if w.match.watchable(x.file.Dev) && w.watched(x) {
+			if w.match.watchable(x.file.Dev) && w.watched(dir, x) {
 				w.add(WatchedFile, "inode "+strconv.FormatUint(x.file.Ino, 10)+" by "+link)
 			}
 		}
 	case "anon_inode:[io_uring]":
 		for _, path := range parseRingFiles(w.info(dir, name)) {
-			// Text alone: it counts where the process sees the keep, or where the
-			// path leads there on the host.
-			if w.match.pathOurs(path, true) && w.sees(dir) {
+			if w.pathOurs(dir, path) {
 				w.add(OpenFile, path+" (registered with io_uring)")
 			}
 		}
@@ -330,12 +339,22 @@ func (w *worker) anonymous(dir, fds int, name string) {
 
 func (w *worker) info(dir int, name string) []byte {
 	b, err := readAt(dir, "fdinfo/"+name, 4<<20)
-	w.refused(err)
+	w.refused(dir, err)
 	return b
 }
 
-// sees tells whether the mount namespace of the task has mounts of ours.
-func (w *worker) sees(dir int) bool {
+// pathOurs decides by the text of a path alone, for what is shown in no other
+// way: it counts where it leads into an encrypted directory on the host, or where
+// the task's mount namespace has mounts of ours that it may be on.
+func (w *worker) pathOurs(dir int, path string) bool {
+	for dev := range w.match.trees {
+		if w.match.pathInTree(dev, path) {
+			return true
+		}
+	}
+	if !w.match.pathOurs(path, true) {
+		return false
+	}
 	o, err := lookAt(dir, "ns/mnt")
 	if err != nil {
 		return false
@@ -348,7 +367,7 @@ func (w *worker) sees(dir int) bool {
 func (w *worker) mapped(dir int) {
 	maps, err := openFD(dir, "maps", unix.O_RDONLY)
 	if err != nil {
-		w.refused(err)
+		w.refused(dir, err)
 		return
 	}
 	defer unix.Close(maps)
@@ -379,7 +398,7 @@ func (w *worker) mapped(dir int) {
 			return err
 		})
 	}
-	w.refused(err)
+	w.refused(dir, err)
 }
 
 func (w *worker) mappedOurs(dir int, m mapping) bool {
@@ -412,9 +431,9 @@ func (w *worker) mappedOurs(dir int, m mapping) bool {
 	case errors.Is(err, unix.EPERM):
 		// To follow the link takes CAP_CHECKPOINT_RESTORE; to read it does not.
 		path := strings.TrimSuffix(readLink(dir, name), " (deleted)")
-		ours = w.match.pathInTree(m.dev, path) || w.match.pathOurs(path, true) && w.sees(dir)
+		ours = w.pathOurs(dir, path)
 	default:
-		w.refused(err)
+		w.refused(dir, err)
 		return false
 	}
 	w.mu.Lock()
@@ -462,14 +481,14 @@ func (w *worker) name(dir int) {
 
 // watched tells whether the inode of a watch is encrypted with our key. Only its
 // handle leads to it; opening that needs some mount of the filesystem.
-func (w *worker) watched(x watch) bool {
+func (w *worker) watched(dir int, x watch) bool {
 	if x.handle == nil {
-		w.refused(errNoHandle)
+		w.refused(dir, errNoHandle)
 		return false
 	}
 	mnt, err := w.onFilesystem(x.file.Dev)
 	if err != nil {
-		w.refused(err)
+		w.refused(dir, err)
 		return false
 	}
 	defer mnt.Close()
@@ -477,13 +496,13 @@ func (w *worker) watched(x watch) bool {
 	if err != nil {
 		// ESTALE: the inode is gone, and its watch with it.
 		if !errors.Is(err, unix.ESTALE) && !errors.Is(err, unix.ENOKEY) {
-			w.refused(err)
+			w.refused(dir, err)
 		}
 		return false
 	}
 	defer f.Close()
 	key, _, err := policyOf(f)
-	w.refused(err)
+	w.refused(dir, err)
 	return err == nil && w.match.keyOurs(x.file.Dev, key)
 }
 
@@ -494,7 +513,10 @@ var (
 
 // onFilesystem opens a directory on filesystem dev in the caller's namespace.
 func (w *worker) onFilesystem(dev uint64) (*os.File, error) {
-	if sp := w.survey.spaces[w.own]; sp != nil {
+	w.mu.Lock()
+	sp := w.survey.spaces[w.own] // fixed once it is there; the map is not
+	w.mu.Unlock()
+	if sp != nil {
 		for _, m := range sp.mounts {
 			if m.dev != dev {
 				continue

@@ -78,14 +78,16 @@ func CheckRoot(root string) (string, error) {
 	return c, nil
 }
 
+// Of these three, a root of "" is "/", never the working directory.
+
 // ConfigFile is the machine's settings, public.
-func ConfigFile(root string) string { return filepath.Join(root, "etc/overkeep/config.toml") }
+func ConfigFile(root string) string { return filepath.Join("/", root, "etc/overkeep/config.toml") }
 
 // StateRoot holds one directory for every keep.
-func StateRoot(root string) string { return filepath.Join(root, "var/lib/overkeep") }
+func StateRoot(root string) string { return filepath.Join("/", root, "var/lib/overkeep") }
 
 // RunRoot holds sockets and namespaces; gone at reboot.
-func RunRoot(root string) string { return filepath.Join(root, "run/overkeep") }
+func RunRoot(root string) string { return filepath.Join("/", root, "run/overkeep") }
 
 // On disk, readable without a key.
 

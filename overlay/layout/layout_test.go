@@ -59,6 +59,15 @@ func TestPathsHangBelowTheRoot(t *testing.T) {
 	}
 }
 
+// No root is "/", and never where somebody happens to stand.
+func TestNoRootIsSlash(t *testing.T) {
+	for _, p := range []string{ConfigFile(""), StateRoot(""), RunRoot("")} {
+		if !strings.HasPrefix(p, "/") {
+			t.Errorf("%q is relative", p)
+		}
+	}
+}
+
 // A socket's path must fit sockaddr_un (108 bytes with its NUL, unix(7)), also
 // with the longest root and name.
 func TestSocketPathsFit(t *testing.T) {

@@ -32,20 +32,42 @@ func LowerNeeds(ctx context.Context, upperDB, upperDir string) ([]string, error)
 	return g.Paths, err
 }
 
-// LowerGraph is LowerNeeds with the references among those paths.
-func LowerGraph(ctx context.Context, upperDB, upperDir string) (Graph, error) {
+// Layered is a keep's database as a graph, and which of its paths lie in the
+// keep's own upper directory.
+type Layered struct {
+	Graph
+	Own []bool // by index of Paths
+}
+
+// ReadLayered reads the whole graph of a keep.
+func ReadLayered(ctx context.Context, upperDB, upperDir string) (Layered, error) {
 	d, err := Open(ctx, upperDB)
 	if err != nil {
-		return Graph{}, err
+		return Layered{}, err
 	}
 	defer d.Close()
 	// Rows before the directory: Nix moves a path into place and then
 	// registers it, so a row that is seen has its entry.
-	all, err := d.Graph(ctx, nil)
+	g, err := d.Graph(ctx, nil)
 	if err != nil {
-		return Graph{}, err
+		return Layered{}, err
 	}
 	own, err := ownEntries(upperDir)
+	if err != nil {
+		return Layered{}, err
+	}
+	l := Layered{Graph: g, Own: make([]bool, len(g.Paths))}
+	for i, p := range g.Paths {
+		if l.Own[i], err = own.has(filepath.Base(p)); err != nil {
+			return Layered{}, err
+		}
+	}
+	return l, nil
+}
+
+// LowerGraph is LowerNeeds with the references among those paths.
+func LowerGraph(ctx context.Context, upperDB, upperDir string) (Graph, error) {
+	all, err := ReadLayered(ctx, upperDB, upperDir)
 	if err != nil {
 		return Graph{}, err
 	}
@@ -53,11 +75,7 @@ func LowerGraph(ctx context.Context, upperDB, upperDir string) (Graph, error) {
 	index := make([]int32, len(all.Paths))
 	for i, p := range all.Paths {
 		index[i] = -1
-		personal, err := own.has(filepath.Base(p))
-		if err != nil {
-			return Graph{}, err
-		}
-		if !personal {
+		if !all.Own[i] {
 			index[i] = int32(len(g.Paths))
 			g.Paths = append(g.Paths, p)
 		}

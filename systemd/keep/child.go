@@ -150,7 +150,11 @@ func serve(ctx context.Context, op string, out *json.Encoder) (any, error) {
 		defer w.Close()
 		return writeSecret(w, s)
 	}
-	return f(ctx, c)
+	v, err := f(ctx, c)
+	if err != nil && c.Header != nil {
+		err = c.outerFull(err)
+	}
+	return v, err
 }
 
 func readSecret(r io.Reader) (*secret.Bytes, error) {

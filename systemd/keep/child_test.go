@@ -127,17 +127,31 @@ func FuzzInotifyNames(f *testing.F) {
 }
 
 // What the keep needs is what its own paths and its roots reach; a row that
-// nothing reaches is not needed.
-func TestReach(t *testing.T) {
+// nothing reaches is left over.
+func TestWalk(t *testing.T) {
 	const s = "/nix/store/"
-	g := nixdb.Graph{Paths: []string{s + "mine", s + "lib", s + "libc", s + "rooted", s + "looked-at", s + "loop"},
-		Refs: [][2]int32{{0, 1}, {1, 2}, {3, 2}, {4, 2}, {5, 5}, {5, 0}}}
-	o := own{upper: map[string]bool{"mine": true}, roots: map[string]bool{s + "rooted": true}}
-	if got, want := o.reach(g), []string{s + "lib", s + "libc", s + "rooted"}; !slices.Equal(got, want) {
-		t.Errorf("reached %q, want %q", got, want)
+	g := nixdb.Layered{Graph: nixdb.Graph{
+		Paths: []string{s + "mine", s + "lib", s + "libc", s + "rooted", s + "looked-at", s + "loop"},
+		Refs:  [][2]int32{{0, 1}, {1, 2}, {3, 2}, {4, 2}, {5, 5}, {5, 0}}}, Own: []bool{true, false, false, false, false, false}}
+	want := []bool{true, true, true, true, false, false}
+	if got := walk(g, map[string]bool{s + "rooted": true}); !slices.Equal(got, want) {
+		t.Errorf("reached %v, want %v", got, want)
 	}
-	if got := (own{}).reach(g); got != nil {
-		t.Errorf("an empty keep needs %q", got)
+	if got := walk(nixdb.Layered{}, nil); len(got) != 0 {
+		t.Errorf("an empty keep reaches %v", got)
+	}
+}
+
+func TestTempRoots(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(dir, "temproots"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "temproots/17"), []byte("/nix/store/a\x00/nix/store/b\x00junk\x00/nix/store/cut"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := tempRoots(dir), []string{"/nix/store/a", "/nix/store/b", "/nix/store/cut"}; !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
 	}
 }
 

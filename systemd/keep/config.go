@@ -27,7 +27,7 @@ func ReadConfig(root string) (Config, error) {
 		return c, nil
 	}
 	if err != nil {
-		return c, errorf(CodeUsage, path, "settings %q: %w", path, err)
+		return c, errorf(CodeUsage, path, "settings: %w", err)
 	}
 	md, err := toml.Decode(string(b), &c)
 	var pe toml.ParseError
@@ -35,7 +35,7 @@ func ReadConfig(root string) (Config, error) {
 		return c, errorf(CodeUsage, path, "settings %s:%d: %s", path, pe.Position.Line, pe.Message)
 	}
 	if err != nil {
-		return c, errorf(CodeUsage, path, "settings %q: %w", path, err)
+		return c, errorf(CodeUsage, path, "settings %s: a value is of the wrong kind (substituters is a string)", path)
 	}
 	if u := md.Undecoded(); len(u) > 0 {
 		return c, errorf(CodeUsage, path, "settings %s: unknown key %q", path, u[0].String())

@@ -143,6 +143,8 @@ func Classify(err error) *Error {
 		out.Code, out.Name = CodeMountPoint, mp.Path
 	case errors.As(err, &name):
 		out.Code, out.Name = CodeUsage, name.Name
+	case errors.Is(err, syscall.ENOTTY), errors.Is(err, syscall.EOPNOTSUPP):
+		out.Code, out.Missing = CodeUnsupported, "a call of the kernel (encryption keys came with Linux 5.4)"
 	case errors.Is(err, syscall.EFBIG):
 		out.Code, out.Name = CodeUsage, "size"
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):

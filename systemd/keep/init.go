@@ -8,6 +8,7 @@ import (
 	"os/user"
 	"path/filepath"
 	"strconv"
+	"syscall"
 	"time"
 
 	"overkeep/crypt/crashpoint"
@@ -131,6 +132,9 @@ func (m *Manager) probe(k layout.Keep) error {
 	r := volume.Probe(dir)
 	if r.Answer == volume.Yes {
 		return nil
+	}
+	if errors.Is(r.Err, syscall.ENOSPC) || errors.Is(r.Err, syscall.EDQUOT) {
+		return errorf(CodeNoSpace, dir, "no space left on the file system of %q", dir)
 	}
 	e := errorf(CodeUnsupported, dir, "the file system of %q cannot encrypt: %s", dir, r.Missing)
 	e.Missing, e.Remedy = r.Missing, r.Remedy

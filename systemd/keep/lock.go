@@ -165,6 +165,13 @@ func opClose(ctx context.Context, c *call) (any, error) {
 	// A look before anything is changed, so that a refusal changes nothing.
 	if c.Locking == LockRefuse {
 		hs := l.holders(ctx, l.own())
+		for until := time.Now().Add(keyGrace); len(hs) > 0 && l.workersOnly(hs) && time.Now().Before(until); {
+			// A worker outlives its client by a moment; one that builds does not go.
+			if err := sleep(ctx, lookAgain); err != nil {
+				return nil, err
+			}
+			hs = l.holders(ctx, l.own())
+		}
 		if len(hs) > 0 {
 			return nil, l.notLocked("the keep is in use", hs)
 		}
@@ -406,6 +413,17 @@ func (l *locker) own() map[int]bool {
 		own[c] = true // the daemon; its workers are children of its own
 	}
 	return own
+}
+
+// workersOnly reports whether all holders are children of our idle daemon.
+func (l *locker) workersOnly(hs []holder.Holder) bool {
+	workers := map[int]bool{}
+	for pid := range l.own() {
+		for _, c := range children(pid) {
+			workers[c] = true
+		}
+	}
+	return !slices.ContainsFunc(hs, func(h holder.Holder) bool { return !workers[h.PID] })
 }
 
 // stopSupervisor refuses new work and ends the supervisor. With workers left it

@@ -203,6 +203,21 @@ func unmountSoon(ctx context.Context, at string) error {
 	}
 }
 
+// outerFull turns an input-output error of a sparse image into what it is when the
+// disk around it is full: the loop device knows no better word.
+func (c *call) outerFull(err error) error {
+	if !errors.Is(err, unix.EIO) && !errors.Is(err, unix.EROFS) {
+		return err
+	}
+	for _, p := range []string{c.spec().FSImage, c.StateDir} {
+		var st unix.Statfs_t
+		if p != "" && unix.Statfs(p, &st) == nil && st.Bavail*uint64(st.Bsize) < 1<<20 {
+			return errorf(CodeNoSpace, p, "no space left on the file system of %q: %w", p, err)
+		}
+	}
+	return err
+}
+
 // innerNames are the top-level names of a volume's plaintext.
 var innerNames = []string{"keep.json", "store", "nix", "log", "builds", "daemon", "tmp", "home"}
 
@@ -219,6 +234,9 @@ func (c *call) populate(epoch uint64) error {
 		{k.Upper(), 0o1775, 0, 0},
 		{k.Work(), 0o700, 0, 0},
 		{k.NixState(), 0o755, 0, 0},
+		// Made now, so that a full keep can still be collected.
+		{k.NixState() + "/gc-socket", 0o755, 0, 0},
+		{k.NixState() + "/temproots", 0o755, 0, 0},
 		{k.Log(), 0o755, 0, 0},
 		{k.Builds(), 0o755, 0, 0},
 		{k.DaemonHome(), 0o700, 0, 0},

@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"overkeep/overlay/layout"
 	"overkeep/overlay/view"
 )
 
@@ -101,7 +102,7 @@ func becomeUser(u *user.User) error {
 func runEnv(env []string, k *Keep, u *user.User, asRoot bool) []string {
 	drop := map[string]bool{
 		"NIX_REMOTE": true, "NIX_STORE_DIR": true, "NIX_STATE_DIR": true, "NIX_LOG_DIR": true, "NIX_CONF_DIR": true,
-		"NIX_DAEMON_SOCKET_PATH": true, "TMPDIR": true, "TMP": true, "TEMP": true, "TEMPDIR": true,
+		"NIX_DAEMON_SOCKET_PATH": true, "NIX_CONFIG": true, "TMPDIR": true, "TMP": true, "TEMP": true, "TEMPDIR": true,
 		"XDG_CACHE_HOME": true, "XDG_STATE_HOME": true, "XDG_DATA_HOME": true, "XDG_RUNTIME_DIR": true,
 		"HOME": true, "USER": true, "LOGNAME": true, "MAIL": true, "OVERKEEP_KEEP": true, "OVERKEEP_ROOT": true,
 	}
@@ -115,7 +116,10 @@ func runEnv(env []string, k *Keep, u *user.User, asRoot bool) []string {
 	if asRoot {
 		// Root may write the store directly, so Nix would pass the daemon by; and
 		// root's own caches are no place for what is evaluated in the view.
-		return append(append(out, "HOME="+k.DaemonHome(), "USER=root", "LOGNAME=root", "NIX_REMOTE=daemon"), view.Environment(k.Keep)...)
+		// Its profiles follow the state directory.
+		out = append(out, "HOME="+k.DaemonHome(), "USER=root", "LOGNAME=root", "NIX_REMOTE=daemon",
+			"NIX_STATE_DIR="+k.NixState(), "NIX_DAEMON_SOCKET_PATH="+layout.NixDaemonSocket+"/socket")
+		return append(out, view.Environment(k.Keep)...)
 	}
 	out = append(out, "HOME="+u.HomeDir, "USER="+u.Username, "LOGNAME="+u.Username)
 	if rt := filepath.Join("/run/user", u.Uid); isDir(rt) {

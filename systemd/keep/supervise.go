@@ -136,8 +136,9 @@ func (s *supervisor) start(ctx context.Context) (*net.UnixListener, error) {
 	proxy := &lower.Proxy{
 		Upstream: filepath.Join(s.k.SystemSocketDir(), "socket"),
 		GCLock:   systemGCLock,
-		BeforeClose: func(ctx context.Context) (err error) {
-			s.whileNotCollecting(func() { _, err = s.pinner.Add(ctx) })
+		BeforeClose: func(ctx context.Context) error {
+			_ = s.prune(ctx) // else it is done after the next change
+			_, err := s.pinner.Add(ctx)
 			return err
 		},
 		AllowUID: func(uid uint32) bool { return uid == 0 },

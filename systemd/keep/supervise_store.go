@@ -23,34 +23,20 @@ import (
 // remembers of the system store.
 
 // needs lists what the keep needs of the system store: what its own paths and its
-// gcroots reach there, as far as the system store itself says that it has it.
-//
-// A row in the keep's database is no need: every look at a system path leaves one,
-// and the overlay's collector leaves more (seen with Nix 2.26 and 2.34). And
-// without the question to the system store a damaged personal path would be named
-// in the plaintext directory of pins.
+// roots reach there, as far as the system store itself says that it has it.
+// Without that question a damaged personal path would be named in the plaintext
+// directory of pins.
 func (s *supervisor) needs(ctx context.Context) ([]string, error) {
-	db := filepath.Join(s.k.NixDB(), "db.sqlite")
-	if _, err := os.Stat(db); errors.Is(err, os.ErrNotExist) {
-		return nil, nil // nothing was ever built
-	}
-	d, err := nixdb.Open(ctx, db)
+	g, reached, err := s.reach(ctx)
 	if err != nil {
 		return nil, err
 	}
-	g, err := d.Graph(ctx, nil)
-	d.Close()
-	if err != nil {
-		return nil, err
+	var wanted []string
+	for i, p := range g.Paths {
+		if reached[i] && !g.Own[i] {
+			wanted = append(wanted, p)
+		}
 	}
-	mine, err := upperNames(s.k.Upper())
-	if err != nil {
-		return nil, err
-	}
-	for _, p := range gcRoots(s.k.NixState()) {
-		mine.roots[p] = true
-	}
-	wanted := mine.reach(g)
 	if len(wanted) == 0 {
 		return nil, nil
 	}
@@ -63,32 +49,63 @@ func (s *supervisor) needs(ctx context.Context) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	return minimal(g, valid), nil
+	return minimal(g.Graph, valid), nil
 }
 
-// own says where a walk of the references begins: at store paths of the upper
-// layer, and at roots.
-type own struct {
-	upper map[string]bool // base names
-	roots map[string]bool // store paths
-}
-
-func upperNames(dir string) (own, error) {
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return own{}, err
+// prune forgets the rows of system paths that nothing of the keep reaches: every
+// look at a system path leaves one, and the overlay's collector leaves more (seen
+// with Nix 2.26 and 2.34). As long as there is a row, Nix calls the path valid
+// without asking the system store, so it may neither stay unpinned nor be pinned
+// for ever.
+//
+// It is a small garbage collection and keeps to its rules: gc.lock is held
+// exclusively, and temporary roots count. It does nothing while Nix holds the
+// lock.
+func (s *supervisor) prune(ctx context.Context) error {
+	lock, err := os.OpenFile(filepath.Join(s.k.NixState(), "gc.lock"), os.O_RDWR|unix.O_NOFOLLOW, 0)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil // no Nix was here yet
 	}
-	o := own{upper: map[string]bool{}, roots: map[string]bool{}}
-	for _, e := range entries {
-		if e.Type()&os.ModeCharDevice == 0 { // a whiteout is the absence of a path
-			o.upper[e.Name()] = true
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return err
+	}
+	g, reached, err := s.reach(ctx)
+	if err != nil {
+		return err
+	}
+	var left []string
+	for i, p := range g.Paths {
+		if !reached[i] && !g.Own[i] {
+			left = append(left, p)
 		}
 	}
-	return o, nil
+	return nixdb.Forget(ctx, filepath.Join(s.k.NixDB(), "db.sqlite"), left)
 }
 
-// reach returns the paths of g that are reached and do not lie in the upper layer.
-func (o own) reach(g nixdb.Graph) []string {
+// reach reads the keep's graph and walks it from the keep's own paths, its
+// gcroots and the temporary roots of running clients.
+func (s *supervisor) reach(ctx context.Context) (g nixdb.Layered, reached []bool, err error) {
+	db := filepath.Join(s.k.NixDB(), "db.sqlite")
+	if _, err := os.Stat(db); errors.Is(err, os.ErrNotExist) {
+		return g, nil, nil // nothing was ever built
+	}
+	// Roots before rows: a client roots a path first and asks for it then.
+	roots := map[string]bool{}
+	for _, p := range append(gcRoots(s.k.NixState()), tempRoots(s.k.NixState())...) {
+		roots[p] = true
+	}
+	if g, err = nixdb.ReadLayered(ctx, db, s.k.Upper()); err != nil {
+		return g, nil, err
+	}
+	return g, walk(g, roots), nil
+}
+
+// walk marks what is reached from the keep's own paths and from roots.
+func walk(g nixdb.Layered, roots map[string]bool) []bool {
 	next := make(map[int32][]int32)
 	for _, r := range g.Refs {
 		next[r[0]] = append(next[r[0]], r[1])
@@ -102,7 +119,7 @@ func (o own) reach(g nixdb.Graph) []string {
 		}
 	}
 	for i, p := range g.Paths {
-		if o.upper[filepath.Base(p)] || o.roots[p] {
+		if g.Own[i] || roots[p] {
 			visit(int32(i))
 		}
 	}
@@ -113,10 +130,24 @@ func (o own) reach(g nixdb.Graph) []string {
 			visit(j)
 		}
 	}
+	return seen
+}
+
+// tempRoots reads the temporary roots that clients of the personal daemon hold
+// (gc.cc: one file a process, paths that end in a NUL). A file of a dead process
+// counts, too: that keeps a row a little longer.
+func tempRoots(state string) []string {
+	files, _ := filepath.Glob(filepath.Join(state, "temproots", "*"))
 	var out []string
-	for i, p := range g.Paths {
-		if seen[i] && !o.upper[filepath.Base(p)] {
-			out = append(out, p)
+	for _, f := range files {
+		b, err := readSmall(f, 64<<20)
+		if err != nil {
+			continue
+		}
+		for _, p := range strings.Split(string(b), "\x00") {
+			if strings.HasPrefix(p, layout.NixStore+"/") {
+				out = append(out, p)
+			}
 		}
 	}
 	return out
@@ -206,26 +237,13 @@ func (s *supervisor) watchPins(ctx context.Context) {
 		case <-again:
 		}
 		again = nil
-		s.whileNotCollecting(func() {
-			// Removals wait while the system's collector runs.
-			if r, err := s.pinner.Exact(ctx); err != nil || r.Deferred > 0 {
-				again = time.After(pinAgain)
-			}
-		})
-	}
-}
-
-// whileNotCollecting runs f while the personal collector is kept out, as Nix's
-// own processes keep it out (gc.lock, shared): it copies the rows of the whole
-// system store for its time, and all of it would be pinned.
-func (s *supervisor) whileNotCollecting(f func()) {
-	lock, err := os.OpenFile(filepath.Join(s.k.NixState(), "gc.lock"), os.O_RDWR|unix.O_NOFOLLOW, 0)
-	if err == nil {
-		defer lock.Close()
-		for unix.Flock(int(lock.Fd()), unix.LOCK_SH) == unix.EINTR {
+		// Rows first: what has one is used without asking, so it stays pinned.
+		busy := s.prune(ctx) != nil
+		// Removals wait while the system's collector runs.
+		if r, err := s.pinner.Exact(ctx); busy || err != nil || r.Deferred > 0 {
+			again = time.After(pinAgain)
 		}
 	}
-	f()
 }
 
 // watchLower remounts the overlay when it remembers of a name what is not true

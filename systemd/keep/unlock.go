@@ -5,12 +5,14 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -199,6 +201,11 @@ func checkNix() (string, error) {
 	if fi, err := os.Stat(sock); err != nil || fi.Mode()&os.ModeSocket == 0 {
 		return "", errorf(CodeNoNix, sock, "the system's nix-daemon has no socket at %q", sock)
 	}
+	conn, err := net.DialTimeout("unix", sock, time.Second)
+	if err != nil {
+		return "", errorf(CodeNoNix, sock, "nobody answers for the system's nix-daemon at %q", sock)
+	}
+	conn.Close()
 	return p, nil
 }
 
