@@ -45,6 +45,12 @@ func harden() (umask int) {
 	return unix.Umask(0o077)
 }
 
+// closeOnExec keeps the caller's descriptors, which may be root's, from what this
+// program starts: helpers, the supervisor, the user's command.
+func closeOnExec() {
+	_ = unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC)
+}
+
 // execute runs one command line and returns the exit code.
 func execute(args []string, umask int) int {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)

@@ -32,5 +32,6 @@ func main() {
 	if len(os.Args) > 2 && os.Args[1] == "internal" {
 		os.Exit(keep.ChildMain(os.Args[2]))
 	}
+	closeOnExec()
 	os.Exit(execute(os.Args[1:], umask))
 }

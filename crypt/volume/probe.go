@@ -92,8 +92,34 @@ func ProbeThrowaway(ctx context.Context, dir string) Result {
 	return r
 }
 
+// probePrefix begins the names of what a probe makes.
+const probePrefix = ".overkeep-probe-"
+
+// sweepProbes removes what probes left that were killed. A probe that runs holds
+// its directory locked.
+func sweepProbes(parent *os.File) {
+	d, err := openBeneath(parent, ".", unix.O_DIRECTORY)
+	if err != nil {
+		return
+	}
+	defer d.Close()
+	names, _ := d.Readdirnames(-1)
+	for _, n := range names {
+		if !strings.HasPrefix(n, probePrefix) {
+			continue
+		}
+		if f, err := openBeneath(parent, n, unix.O_DIRECTORY); err == nil {
+			if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
+				_ = removeTree(parent, n, 0)
+			}
+			f.Close()
+		}
+	}
+}
+
 func probe(k kernel, parent *os.File, f facts) (r Result) {
-	path, err := os.MkdirTemp(procFD(int(parent.Fd())), ".overkeep-probe-")
+	sweepProbes(parent)
+	path, err := os.MkdirTemp(procFD(int(parent.Fd())), probePrefix)
 	if err != nil {
 		return explain(err, f)
 	}
@@ -120,6 +146,9 @@ func probe(k kernel, parent *os.File, f facts) (r Result) {
 			return err
 		}
 		defer d.Close()
+		if err := unix.Flock(int(d.Fd()), unix.LOCK_SH|unix.LOCK_NB); err != nil {
+			return err
+		}
 		if err := k.setPolicy(int(d.Fd()), desc); err != nil {
 			return err
 		}

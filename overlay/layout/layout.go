@@ -119,13 +119,20 @@ func (k Keep) Volume() string { return filepath.Join(k.RunDir(), "k") }
 // FSMount is where the file system of --on-image is mounted, in the view only.
 func (k Keep) FSMount() string { return filepath.Join(k.RunDir(), "fs") }
 
-// SystemSocketDir is the system daemon's socket directory, bound aside in the view.
-func (k Keep) SystemSocketDir() string { return filepath.Join(k.RunDir(), "sys") }
-
 // LowerSocketDir holds the socket of our proxy to the system daemon; root only.
 func (k Keep) LowerSocketDir() string { return filepath.Join(k.RunDir(), "lower") }
 
-// SocketDir holds the personal daemon's socket; its user only.
+// SystemSocketDir is the system daemon's socket directory, bound aside in the
+// view. It lies below a directory that is root's alone: the bound directory brings
+// its own, open mode along.
+func (k Keep) SystemSocketDir() string { return filepath.Join(k.LowerSocketDir(), "sys") }
+
+// Cover is an empty directory that nobody can write, mounted over what would
+// otherwise be plaintext in a session that outlives a lock.
+func (k Keep) Cover() string { return filepath.Join(k.RunDir(), "cover") }
+
+// SocketDir holds the personal daemon's socket. The directory is root's, so that
+// nobody can put another socket in its place; the socket is its user's only.
 func (k Keep) SocketDir() string { return filepath.Join(k.RunDir(), "socket") }
 
 // NixConfDir holds the rendered nix.conf of the personal daemon.

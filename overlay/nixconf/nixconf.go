@@ -78,6 +78,12 @@ func (c Config) Lines() []Line {
 		{"max-free", "0", "as above"},
 		{"builders", "", "no remote machine gets private sources"},
 		{"post-build-hook", "", "the system's hook may upload what it is given"},
+		{"pre-build-hook", "", "the system's hook is told what is built"},
+		{"json-log-path", "", "the system's log would name private paths"},
+		{"hashed-mirrors", "", "a mirror would be asked for private hashes"},
+		{"plugin-files", "", "the system's plugins see everything"},
+		{"secret-key-files", "", "private paths are not signed with the machine's key"},
+		{"diff-hook", "", "the system's hook may log what it is given"},
 		{"run-diff-hook", "false", "the system's hook may log what it is given"},
 		{"use-xdg-base-directories", "true", "profiles live where the keep is bound"},
 	}

@@ -7,8 +7,10 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
 
@@ -27,12 +29,114 @@ func (e *MountPointError) Error() string {
 // Make carries out list in the calling process's mount namespace. When one
 // mount fails those made before it are undone, and the error names the one.
 func Make(list []Mount, u User) error {
+	if err := checkHome(u); err != nil {
+		return err
+	}
+	mounts, err := table()
+	if err != nil {
+		return err
+	}
 	for i, m := range list {
+		if m.Stays && mounts.has(m) {
+			continue // from before the last lock
+		}
 		if err := makeOne(m, u); err != nil {
 			if uerr := Undo(list[:i]); uerr != nil {
 				err = errors.Join(err, uerr)
 			}
 			return fmt.Errorf("mount %s: %w", m.Target, err)
+		}
+	}
+	return nil
+}
+
+// checkHome refuses a home that is not its user's: what is made in it would be
+// somebody else's.
+func checkHome(u User) error {
+	var st unix.Stat_t
+	if err := unix.Stat(u.Home, &st); err != nil {
+		return &MountPointError{u.Home, "cannot be opened: " + err.Error()}
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFDIR || int(st.Uid) != u.UID {
+		return &MountPointError{u.Home, "is not a home directory of " + u.Name + "'s own"}
+	}
+	return nil
+}
+
+// Table is the mount table of a namespace.
+type Table []*mountinfo.Info
+
+// table reads the mount table of the calling thread's namespace.
+func table() (Table, error) {
+	f, err := os.Open("/proc/thread-self/mountinfo")
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return mountinfo.GetMountsFromReader(f, nil)
+}
+
+// Mounted reports for each mount of list whether it is there, in the calling
+// thread's namespace, and is the view's own and not somebody else's at the same
+// place.
+func Mounted(list []Mount) ([]bool, error) {
+	t, err := table()
+	if err != nil {
+		return nil, err
+	}
+	out := make([]bool, len(list))
+	for i, m := range list {
+		out[i] = t.has(m)
+	}
+	return out, nil
+}
+
+// has looks at the topmost mount at m's target.
+func (t Table) has(m Mount) bool {
+	var top *mountinfo.Info
+	for _, i := range t {
+		if i.Mountpoint == m.Target {
+			top = i
+		}
+	}
+	if top == nil {
+		return false
+	}
+	if m.Kind == Overlay {
+		return top.FSType == "overlay" && slices.Contains(strings.Split(top.VFSOptions, ","), m.Options[1])
+	}
+	if strings.HasPrefix(m.Source, "/nix/") {
+		return true // bound aside below a directory of ours; its source is covered meanwhile
+	}
+	source, err1 := os.Stat(m.Source)
+	target, err2 := os.Stat(m.Target)
+	return err1 == nil && err2 == nil && os.SameFile(source, target)
+}
+
+// Cover hides what the homes' mounts of list hid, in a namespace whose sessions
+// outlive a lock, behind the empty directory at dir. Uncover takes it back.
+func Cover(list []Mount, dir string) error {
+	for _, m := range list {
+		if m.AsUser && !m.Sealed {
+			if err := unix.Mount(dir, m.Target, "", unix.MS_BIND, ""); err != nil && err != unix.ENOENT {
+				return fmt.Errorf("cover %s: %w", m.Target, err)
+			}
+		}
+	}
+	return nil
+}
+
+// Uncover removes the covers that Cover made.
+func Uncover(list []Mount, dir string) error {
+	t, err := table()
+	if err != nil {
+		return err
+	}
+	for _, m := range list {
+		if m.AsUser && !m.Sealed && t.has(Mount{Kind: Bind, Source: dir, Target: m.Target}) {
+			if err := unix.Unmount(m.Target, unix.UMOUNT_NOFOLLOW); err != nil {
+				return fmt.Errorf("uncover %s: %w", m.Target, err)
+			}
 		}
 	}
 	return nil
@@ -176,11 +280,18 @@ func checkUserDir(fd int, m Mount, u User) error {
 	return unix.Fchmod(int(d.Fd()), 0o555)
 }
 
-// Undo unmounts list in reverse order. What is not mounted is passed over; the
-// first mount that is busy stops it with *BusyError, and the mounts below it
+// Undo unmounts list in reverse order, but for what stays. What is not mounted, or
+// is not the view's, is passed over; the first mount that is busy stops it with *BusyError, and the mounts below it
 // stay: a view is never half torn from under a process that uses it.
 func Undo(list []Mount) error {
+	mounts, err := table()
+	if err != nil {
+		return err
+	}
 	for i := len(list) - 1; i >= 0; i-- {
+		if list[i].Stays || !mounts.has(list[i]) {
+			continue
+		}
 		err := unix.Unmount(list[i].Target, unix.UMOUNT_NOFOLLOW)
 		switch {
 		case err == nil, err == unix.EINVAL, err == unix.ENOENT:

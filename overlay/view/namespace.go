@@ -32,7 +32,9 @@ func onThread(f func() error) error {
 }
 
 // NewNamespace makes a mount namespace that receives what the host mounts and
-// gives nothing back (MS_SLAVE).
+// gives nothing back (MS_SLAVE). To namespaces made from within it is shared: a
+// less privileged one (bubblewrap, rootless podman) could not give up its copies of
+// the mounts by itself (mount_namespaces(7)), so they go with ours.
 func NewNamespace() (*Namespace, error) { return newNamespace(-1) }
 
 // NewPinned makes a namespace and pins it in dir, as Pin does.
@@ -79,6 +81,9 @@ func newNamespace(cpu int) (*Namespace, error) {
 		}
 		if err := unix.Mount("", "/", "", unix.MS_SLAVE|unix.MS_REC, ""); err != nil {
 			return fmt.Errorf("make the namespace a slave of the host's: %w", err)
+		}
+		if err := unix.Mount("", "/", "", unix.MS_SHARED|unix.MS_REC, ""); err != nil {
+			return fmt.Errorf("share the namespace with those made from it: %w", err)
 		}
 		f, err := os.Open("/proc/thread-self/ns/mnt")
 		if err != nil {

@@ -44,6 +44,10 @@ type Mount struct {
 	// AsUser makes the mount point inside the user's home, with the user's own
 	// rights, so that no symlink of theirs leads root elsewhere.
 	AsUser bool `json:"-"`
+	// Stays says that a lock leaves the mount in a namespace in which sessions
+	// live: it holds nothing of the keep, and without it what goes on there would
+	// reach the system's daemon.
+	Stays bool `json:"-"`
 	// Sealed makes a missing mount point root-owned and unwritable (0555), so
 	// that nothing lands in plaintext beneath it while the keep is locked.
 	Sealed bool `json:"-"`
@@ -93,7 +97,7 @@ func Mounts(k layout.Keep, u User, o Options) ([]Mount, error) {
 		}
 	}
 	list := []Mount{
-		{Kind: Bind, Source: layout.NixDaemonSocket, Target: k.SystemSocketDir(),
+		{Kind: Bind, Source: layout.NixDaemonSocket, Target: k.SystemSocketDir(), Stays: true,
 			Why: "the system's nix-daemon, kept reachable as the lower store"},
 		{Kind: Overlay, Source: "overlay", Target: layout.NixStore, Flags: storeFlags,
 			Options: []string{
@@ -106,7 +110,7 @@ func Mounts(k layout.Keep, u User, o Options) ([]Mount, error) {
 				"xino=auto", "index=off", "metacopy=off", "redirect_dir=nofollow",
 			},
 			Why: "both stores as one"},
-		{Kind: Bind, Source: k.SocketDir(), Target: layout.NixDaemonSocket,
+		{Kind: Bind, Source: k.SocketDir(), Target: layout.NixDaemonSocket, Stays: true,
 			Why: "stock nix finds the personal nix-daemon with no environment"},
 		{Kind: Bind, Source: k.Log(), Target: layout.NixLog, Flags: unix.MS_NODEV | unix.MS_NOSUID,
 			Why: "`nix log` reads build logs from the keep"},

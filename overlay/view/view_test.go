@@ -37,7 +37,7 @@ func TestMounts(t *testing.T) {
 		}
 	}
 	want := []string{
-		"mount --bind /nix/var/nix/daemon-socket /run/overkeep/alice/sys",
+		"mount --bind /nix/var/nix/daemon-socket /run/overkeep/alice/lower/sys",
 		"mount -t overlay overlay -o nosuid,nodev,lowerdir=/nix/store,upperdir=/run/overkeep/alice/k/store/upper,workdir=/run/overkeep/alice/k/store/work,xino=auto,index=off,metacopy=off,redirect_dir=nofollow /nix/store",
 		"mount --bind /run/overkeep/alice/socket /nix/var/nix/daemon-socket",
 		"mount --bind /run/overkeep/alice/k/log /nix/var/log/nix -o nosuid,nodev",
@@ -74,7 +74,7 @@ func TestMountsOrderAndCheckMount(t *testing.T) {
 			}
 		}
 	}
-	if at["/run/overkeep/alice/sys"] > at[layout.NixDaemonSocket] {
+	if at["/run/overkeep/alice/lower/sys"] > at[layout.NixDaemonSocket] {
 		t.Error("the system daemon's socket is covered before it is bound aside")
 	}
 	if _, ok := at["/home/alice/keep"]; ok {

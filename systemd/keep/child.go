@@ -343,6 +343,9 @@ func existingNamespace(k layout.Keep) (*view.Namespace, error) {
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
 	}
+	if errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
+		return nil, classified(&view.MountPointError{Path: k.NamespaceDir(), Reason: "is no directory"})
+	}
 	if err != nil {
 		return nil, classified(err)
 	}

@@ -182,7 +182,7 @@ func (m *Manager) Init(ctx context.Context, in Init) (*Keep, error) {
 }
 
 func (m *Manager) build(ctx context.Context, k layout.Keep, h *Header, u view.User, in Init) error {
-	if err := ensureRunDirs(k, u.UID, u.GID); err != nil {
+	if err := ensureRunDirs(k); err != nil {
 		return err
 	}
 	defer removeRunDirs(k)
@@ -243,7 +243,7 @@ func (m *Manager) discard(ctx context.Context, k layout.Keep, dir string) error 
 	}
 	defer ns.Close()
 	if h != nil {
-		if err := ensureRunDirs(k, h.UID, 0); err != nil {
+		if err := ensureRunDirs(k); err != nil {
 			return err
 		}
 		defer removeRunDirs(k)

@@ -167,7 +167,7 @@ func (k *Keep) inVolumeNamespace(f func(*view.Namespace) error) error {
 		ns = nil
 	}
 	if ns == nil {
-		if err := ensureRunDirs(k.Keep, k.Header.UID, 0); err != nil {
+		if err := ensureRunDirs(k.Keep); err != nil {
 			return err
 		}
 		defer removeRunDirs(k.Keep)

@@ -1,13 +1,10 @@
 package keep
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -21,7 +18,6 @@ import (
 	"overkeep/crypt/crashpoint"
 	"overkeep/crypt/volume"
 	"overkeep/overlay/holder"
-	"overkeep/overlay/layout"
 	"overkeep/overlay/view"
 )
 
@@ -81,7 +77,7 @@ func (k *Keep) lock(ctx context.Context, mode LockMode) (*LockResult, error) {
 	}
 	pinned := ns != nil
 	if !pinned {
-		if err := ensureRunDirs(k.Keep, k.Header.UID, 0); err != nil {
+		if err := ensureRunDirs(k.Keep); err != nil {
 			return nil, err
 		}
 		if ns, err = privateNamespace(); err != nil {
@@ -133,7 +129,8 @@ func (k *Keep) forgetNamespace(ns *view.Namespace) error {
 	return nil
 }
 
-// inhabited reports whether a process lives in the mount namespace.
+// inhabited reports whether a process other than this one lives in the mount
+// namespace.
 func inhabited(ns uint64) bool {
 	want := fmt.Sprintf("mnt:[%d]", ns)
 	entries, err := os.ReadDir("/proc")
@@ -141,7 +138,8 @@ func inhabited(ns uint64) bool {
 		return true
 	}
 	for _, e := range entries {
-		if _, err := strconv.Atoi(e.Name()); err != nil {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil || pid == os.Getpid() {
 			continue
 		}
 		if l, err := os.Readlink(filepath.Join("/proc", e.Name(), "ns/mnt")); err == nil && l == want {
@@ -250,22 +248,27 @@ func (l *locker) describe() error {
 		return err
 	}
 	k := l.c.k
-	var points []string
-	for _, m := range l.list {
-		// The two sockets' directories are the host's, not the keep's.
-		own := m.Kind == view.Overlay || strings.HasPrefix(m.Source, k.Volume()+"/")
-		if own && mountedAt(infos, m.Target, &m) {
+	there, err := view.Mounted(l.list)
+	if err != nil {
+		return err
+	}
+	// Every mount of the volume in this namespace, wherever a session has bound or
+	// moved it: they go with the lock and hold nothing against it.
+	points := volumePoints(infos, k.Volume())
+	for i, m := range l.list {
+		if m.Kind == view.Overlay && there[i] {
 			points = append(points, m.Target)
 		}
 	}
-	for _, p := range []string{k.Volume(), k.FSMount()} {
-		if mountedAt(infos, p, nil) {
-			points = append(points, p)
-		}
+	if mountedAt(infos, k.FSMount()) {
+		points = append(points, k.FSMount())
 	}
 	var files []string
 	if l.spec.FSImage != "" {
 		files = append(files, l.spec.FSImage)
+	}
+	if isDir(l.spec.Dir) {
+		files = append(files, l.spec.Dir) // what is open there keeps the key busy
 	}
 	if l.target, err = holder.Describe(self, points, files...); err != nil {
 		return err
@@ -279,6 +282,24 @@ func (l *locker) describe() error {
 		return nil
 	}
 	return writeFile(file, encode(l.target), 0o600)
+}
+
+// volumePoints are the mount points of the file system (or, of a directory, the
+// part of it) that is mounted at volume.
+func volumePoints(infos []*mountinfo.Info, volume string) []string {
+	i := slices.IndexFunc(infos, func(i *mountinfo.Info) bool { return i.Mountpoint == volume })
+	if i < 0 {
+		return nil
+	}
+	v := infos[i]
+	below := strings.TrimSuffix(v.Root, "/") + "/"
+	var out []string
+	for _, i := range infos {
+		if i.Major == v.Major && i.Minor == v.Minor && (i.Root == v.Root || strings.HasPrefix(i.Root, below)) {
+			out = append(out, i.Mountpoint)
+		}
+	}
+	return out
 }
 
 // targetFile is where the description is kept from the first step of a lock to
@@ -367,39 +388,6 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// supervisorPID returns the pid of whoever listens on the control socket, by the
-// kernel's word (SO_PEERCRED, unix(7)), or of whoever holds the lock file should
-// the socket have been removed; 0 when there is nobody.
-func supervisorPID(k layout.Keep) int {
-	if conn, err := dialControl(k); err == nil {
-		defer conn.Close()
-		pid := 0
-		if raw, err := conn.SyscallConn(); err == nil {
-			_ = raw.Control(func(fd uintptr) {
-				if c, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil && c.Uid == 0 {
-					pid = int(c.Pid)
-				}
-			})
-		}
-		return pid
-	}
-	f, err := os.OpenFile(supervisorLock(k), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return 0
-	}
-	defer f.Close()
-	if unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB) == nil {
-		return 0 // nobody holds it; closing lets go again
-	}
-	pid := 0
-	_, _ = fmt.Fscan(io.LimitReader(f, 32), &pid)
-	return pid
-}
-
-func dialControl(k layout.Keep) (*net.UnixConn, error) {
-	return net.DialUnix("unix", nil, &net.UnixAddr{Name: filepath.Join(k.LowerSocketDir(), "control"), Net: "unix"})
-}
-
 // own are the supervisor and its idle daemon: they end with the lock and hold
 // nothing against it.
 func (l *locker) own() map[int]bool {
@@ -444,44 +432,6 @@ func (l *locker) stopSupervisor(mode LockMode) {
 	endSupervisor(pid, err == nil)
 }
 
-// endSupervisor waits for the end of a supervisor, which it asks for by signal
-// unless it has been asked already: SIGTERM drains, SIGKILL is for one that hangs.
-func endSupervisor(pid int, asked bool) {
-	fd, err := unix.PidfdOpen(pid, 0)
-	if err != nil {
-		return
-	}
-	defer unix.Close(fd)
-	signals := []unix.Signal{unix.SIGTERM, unix.SIGKILL}
-	for i, sig := range signals {
-		if i > 0 || !asked {
-			_ = unix.PidfdSendSignal(fd, sig, nil, 0)
-		}
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(killGrace.Milliseconds()))
-		for err == unix.EINTR {
-			n, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(killGrace.Milliseconds()))
-		}
-		if n > 0 {
-			return
-		}
-	}
-}
-
-// control sends one line to the supervisor and returns its answer.
-func control(k layout.Keep, line string) (string, error) {
-	conn, err := dialControl(k)
-	if err != nil {
-		return "", err
-	}
-	defer conn.Close()
-	_ = conn.SetDeadline(time.Now().Add(2 * killGrace))
-	if _, err := fmt.Fprintln(conn, line); err != nil {
-		return "", err
-	}
-	s, err := bufio.NewReader(conn).ReadString('\n')
-	return strings.TrimSpace(s), err
-}
-
 // attempt goes through the lock once, from the mounts to the proof.
 func (l *locker) attempt(ctx context.Context) error {
 	if supervisorPID(l.c.k) != 0 {
@@ -517,7 +467,24 @@ func (l *locker) attempt(ctx context.Context) error {
 	crashpoint.At("lock.detach")
 	ctx, cancel := context.WithTimeout(ctx, keyGrace)
 	defer cancel()
-	return volume.DetachFS(ctx, l.spec)
+	if err := volume.DetachFS(ctx, l.spec); err != nil {
+		return err
+	}
+	return l.coverSessions()
+}
+
+// coverSessions sees to it that a session which outlives the lock cannot fall back
+// to plaintext: the personal daemon's directory stays where the system's would
+// appear, and the caches in the home are covered.
+func (l *locker) coverSessions() error {
+	var st unix.Stat_t
+	if err := unix.Stat("/proc/self/ns/mnt", &st); err != nil {
+		return err
+	}
+	if !inhabited(st.Ino) {
+		return nil
+	}
+	return view.Cover(l.list, l.c.k.Cover())
 }
 
 func unmountOwn(t holder.Target) error {

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"overkeep/overlay/layout"
+	"overkeep/overlay/view"
 )
 
 // Manager acts on the keeps below one root. The zero value is not usable; Exe
@@ -122,15 +123,29 @@ func runLock(k layout.Keep) (release func(), err error) {
 	if err := mkdirMode(layout.RunRoot(k.Root), 0o755); err != nil {
 		return nil, classified(err)
 	}
-	f, err := os.OpenFile(k.RunLock(), os.O_CREATE|os.O_RDWR|unix.O_NOFOLLOW, 0o600)
-	if err != nil {
+	return flock(k, unix.LOCK_EX)
+}
+
+// flock takes the run lock file, which stays for good: removing a lock file lets
+// two holders lock two files.
+func flock(k layout.Keep, how int) (release func(), err error) {
+	f, err := os.OpenFile(k.RunLock(), os.O_CREATE|os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
+	if err == nil {
+		if fi, serr := f.Stat(); serr != nil || !fi.Mode().IsRegular() {
+			f.Close()
+			err = unix.EINVAL
+		}
+	}
+	switch {
+	case errors.Is(err, unix.ELOOP), errors.Is(err, unix.EISDIR), errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENXIO), errors.Is(err, unix.ENODEV):
+		return nil, classified(&view.MountPointError{Path: k.RunLock(), Reason: "is no plain file"})
+	case err != nil:
 		return nil, classified(err)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB); err != nil {
 		f.Close()
 		return nil, errorf(CodeBusyRun, k.Name, "another overkeep command is working on keep %q", k.Name)
 	}
-	// The file stays: removing a lock file lets two holders lock two files.
 	return func() { f.Close() }, nil
 }
 
@@ -141,33 +156,28 @@ func requireRoot() error {
 	return nil
 }
 
-// ensureRunDirs makes the run-time directories of k with their owners.
-func ensureRunDirs(k layout.Keep, uid, gid int) error {
+// ensureRunDirs makes the run-time directories of k, all of them root's.
+func ensureRunDirs(k layout.Keep) error {
 	if err := checkParents(k.RunDir()); err != nil {
 		return err
 	}
 	for _, d := range []struct {
 		path string
 		mode os.FileMode
-		own  bool
 	}{
-		{layout.RunRoot(k.Root), 0o755, false},
-		{k.RunDir(), 0o755, false},
-		{k.Volume(), 0o755, false},
-		{k.FSMount(), 0o700, false},
-		{k.SystemSocketDir(), 0o700, false},
-		{k.LowerSocketDir(), 0o700, false},
-		{k.SocketDir(), 0o700, true},
-		{k.NixConfDir(), 0o755, false},
-		{k.NamespaceDir(), 0o700, false},
+		{layout.RunRoot(k.Root), 0o755},
+		{k.RunDir(), 0o755},
+		{k.Volume(), 0o755},
+		{k.FSMount(), 0o700},
+		{k.LowerSocketDir(), 0o700},
+		{k.SystemSocketDir(), 0o700},
+		{k.SocketDir(), 0o755},
+		{k.NixConfDir(), 0o755},
+		{k.NamespaceDir(), 0o700},
+		{k.Cover(), 0o555},
 	} {
 		if err := mkdirMode(d.path, d.mode); err != nil {
 			return classified(err)
-		}
-		if d.own {
-			if err := os.Lchown(d.path, uid, gid); err != nil {
-				return classified(err)
-			}
 		}
 	}
 	return nil
@@ -190,7 +200,7 @@ func mkdirMode(dir string, mode os.FileMode) error {
 			return nil
 		}
 		if lerr == nil && !fi.IsDir() {
-			return err
+			return &view.MountPointError{Path: dir, Reason: "is no directory"}
 		}
 		err = nil
 	}
@@ -211,7 +221,7 @@ func removeRunDirs(k layout.Keep) {
 		_ = os.Remove(f)
 	}
 	for _, d := range []string{
-		k.Volume(), k.FSMount(), k.SystemSocketDir(), k.LowerSocketDir(),
+		k.Volume(), k.FSMount(), k.SystemSocketDir(), k.LowerSocketDir(), k.Cover(),
 		k.SocketDir(), k.NixConfDir(), k.NamespaceDir(), k.RunDir(),
 	} {
 		_ = os.Remove(d)

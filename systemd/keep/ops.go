@@ -331,7 +331,9 @@ func opOpen(ctx context.Context, c *call) (any, error) {
 	list, err := c.arrange(set.Epoch)
 	if err == nil {
 		crashpoint.At("unlock.view")
-		err = view.Make(list, c.User)
+		if err = view.Uncover(list, c.k.Cover()); err == nil {
+			err = view.Make(list, c.User)
+		}
 	}
 	if err == nil {
 		// While everything is mounted: what a later lock has to find.

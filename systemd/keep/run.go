@@ -6,6 +6,7 @@ import (
 	"os/user"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -24,6 +25,13 @@ func (k *Keep) Exec(argv []string, asRoot bool) error {
 	if err := requireRoot(); err != nil {
 		return err
 	}
+	// Shared with other runs and held until the exec: no lock can come between the
+	// look and the entry.
+	release, err := flock(k.Keep, unix.LOCK_SH)
+	if err != nil {
+		return err
+	}
+	defer release()
 	ns, err := existingNamespace(k.Keep)
 	if err != nil {
 		return err
@@ -49,6 +57,9 @@ func (k *Keep) Exec(argv []string, asRoot bool) error {
 	if err := ns.Enter(); err != nil {
 		return classified(err)
 	}
+	if err := k.wholeView(); err != nil {
+		return err
+	}
 	// Where the caller stood, if that is still there in the view; else home.
 	if cwd == "" || os.Chdir(cwd) != nil {
 		if os.Chdir(u.HomeDir) != nil {
@@ -65,6 +76,26 @@ func (k *Keep) Exec(argv []string, asRoot bool) error {
 		return errorf(CodeUsage, argv[0], "command %q: %w", argv[0], err)
 	}
 	return errorf(CodeInternal, argv[0], "run %q: %w", argv[0], unix.Exec(path, argv, env))
+}
+
+// wholeView sees that every mount of the view is there, in the thread's namespace.
+func (k *Keep) wholeView() error {
+	u, err := k.Header.viewUser()
+	if err != nil {
+		return err
+	}
+	list, err := view.Mounts(k.Keep, u, view.Options{WorkDir: k.Header.WorkDir})
+	if err != nil {
+		return classified(err)
+	}
+	there, err := view.Mounted(list)
+	if err != nil {
+		return classified(err)
+	}
+	if i := slices.Index(there, false); i >= 0 {
+		return errorf(CodeLocked, k.Name, "the view of keep %q is not whole: nothing of it is mounted at %q", k.Name, list[i].Target)
+	}
+	return nil
 }
 
 // becomeUser takes on the user's groups and ids, on this thread: it is the one

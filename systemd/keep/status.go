@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/moby/sys/mountinfo"
@@ -74,6 +75,7 @@ type stateInfo struct {
 	KeyAbsent    bool    `json:"key_absent"`
 	KeyPresent   bool    `json:"key_present"`
 	Mounts       []Mount `json:"mounts"`
+	Holding      int     `json:"holding"` // mounts that hold something of the keep
 	SizeTotal    int64   `json:"size_total"`
 	SizeUsed     int64   `json:"size_used"`
 	SizeOnDisk   int64   `json:"size_on_disk"`
@@ -115,7 +117,7 @@ func (k *Keep) state(ctx context.Context) (*stateInfo, error) {
 	st.ViewComplete = pinned && st.KeyPresent && mounted == len(st.Mounts)
 	st.Supervisor = supervisorPID(k.Keep)
 	switch {
-	case st.KeyAbsent && mounted == 0:
+	case st.KeyAbsent && st.Holding == 0:
 		st.State = Locked
 	case st.ViewComplete && st.Supervisor != 0 && k.listening():
 		st.State = Unlocked
@@ -185,9 +187,19 @@ func opState(ctx context.Context, c *call) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	st.Mounts = append(st.Mounts, Mount{Target: c.k.Volume(), What: "the encrypted volume", Mounted: mountedAt(infos, c.k.Volume(), nil)})
-	for _, m := range list {
-		st.Mounts = append(st.Mounts, Mount{Target: m.Target, What: m.Why, Mounted: mountedAt(infos, m.Target, &m)})
+	st.Mounts = append(st.Mounts, Mount{Target: c.k.Volume(), What: "the encrypted volume", Mounted: mountedAt(infos, c.k.Volume())})
+	there, err := view.Mounted(list)
+	if err != nil {
+		return nil, err
+	}
+	for i, m := range list {
+		st.Mounts = append(st.Mounts, Mount{Target: m.Target, What: m.Why, Mounted: there[i]})
+		if there[i] && !m.Stays {
+			st.Holding++
+		}
+	}
+	if st.Mounts[0].Mounted {
+		st.Holding++
 	}
 	if u, err := volume.Usage(spec, c.k.Volume()); err == nil {
 		st.SizeTotal, st.SizeUsed, st.SizeOnDisk = u.Total, u.Total-u.Free, u.ImageAllocated+u.FSImageAllocated
@@ -219,22 +231,9 @@ func blocksBelow(dir string) (sum int64) {
 	return sum
 }
 
-// mountedAt reports whether the last mount at target is the view's: an overlay
-// of ours, or a bind of something in the keep or its run directory.
-func mountedAt(infos []*mountinfo.Info, target string, m *view.Mount) bool {
-	var last *mountinfo.Info
-	for _, i := range infos {
-		if i.Mountpoint == target {
-			last = i
-		}
-	}
-	if last == nil {
-		return false
-	}
-	if m != nil && m.Kind == view.Overlay {
-		return last.FSType == "overlay" && strings.Contains(last.VFSOptions, m.Options[1])
-	}
-	return true
+// mountedAt reports whether something is mounted at a place of ours below /run.
+func mountedAt(infos []*mountinfo.Info, target string) bool {
+	return slices.ContainsFunc(infos, func(i *mountinfo.Info) bool { return i.Mountpoint == target })
 }
 
 // Status reports the live state of the keep.

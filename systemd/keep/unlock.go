@@ -64,7 +64,7 @@ func (k *Keep) Unlock(ctx context.Context, auth Auth) (*UnlockResult, error) {
 			return nil, err
 		}
 	}
-	if err := ensureRunDirs(k.Keep, u.UID, u.GID); err != nil {
+	if err := ensureRunDirs(k.Keep); err != nil {
 		return nil, err
 	}
 	req := request{Root: k.Root, Name: k.Name, StateDir: k.StateDir(), Header: k.Header, User: u, Restart: st.ViewComplete}
