@@ -154,6 +154,12 @@ func makeOne(m Mount, u User) error {
 	if err := unix.Mount(m.Source, target, "", unix.MS_BIND, ""); err != nil {
 		return err
 	}
+	// A bind is a peer of what it was made from: what is mounted on the source
+	// later, as the personal daemon's socket is, would appear in it, too.
+	if err := unix.Mount("", m.Target, "", unix.MS_PRIVATE, ""); err != nil {
+		_ = unix.Unmount(m.Target, unix.UMOUNT_NOFOLLOW)
+		return err
+	}
 	if m.Flags == 0 {
 		return nil
 	}

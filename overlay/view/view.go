@@ -132,10 +132,9 @@ func Mounts(k layout.Keep, u User, o Options) ([]Mount, error) {
 }
 
 // Environment is what a session in the view should have: temporary files of
-// every program go into the keep, and so do channels and profile links, which
-// stock Nix else writes straight into the home.
+// every program go into the keep.
 func Environment(k layout.Keep) []string {
-	return []string{"TMPDIR=" + k.Tmp(), "OVERKEEP_KEEP=" + k.Name, "NIX_CONFIG=use-xdg-base-directories = true"}
+	return []string{"TMPDIR=" + k.Tmp(), "OVERKEEP_KEEP=" + k.Name}
 }
 
 // Command renders m as the mount(8) command a person would type.

@@ -10,6 +10,7 @@ import (
 
 	"overkeep/crypt/crashpoint"
 	"overkeep/crypt/slot"
+	"overkeep/crypt/strictjson"
 	"overkeep/crypt/volume"
 	"overkeep/overlay/layout"
 	"overkeep/overlay/pins"
@@ -90,49 +91,69 @@ func unpinAll(ctx context.Context, k layout.Keep) error {
 }
 
 // opDestroy removes a keep's directory and everything that belongs to it. It
-// needs no key and takes whatever is there, complete or not.
+// needs no key and takes whatever is there, complete or not; a killed one is
+// finished by the next.
 func opDestroy(ctx context.Context, c *call) (any, error) {
 	dir := c.StateDir
-	set, _, err := slot.Load(c.slotsDir())
-	if err != nil {
-		set = nil
-	}
-	if err := shredDir(c.slotsDir()); err != nil {
-		return nil, err
-	}
-	for _, leftover := range []string{c.slotsDir() + ".new"} {
-		if err := shredDir(leftover); err != nil {
-			return nil, err
-		}
-	}
 	spec := volume.Spec{Backend: volume.Image, Dir: filepath.Join(dir, "volume")}
 	if c.Header != nil {
 		spec = c.spec()
 	}
-	crashpoint.At("destroy.volume")
-	if spec.FSImage != "" {
-		if _, lerr := os.Lstat(spec.FSImage); lerr != nil {
-			spec = volume.Spec{Backend: spec.Backend, Dir: filepath.Join(dir, "volume")} // never made, or gone
-			set = nil
-		}
-	}
-	if set != nil {
-		err = volume.Destroy(ctx, spec, volumeID(set))
-	} else if b, rerr := readSmall(filepath.Join(dir, "protector"), 64); rerr == nil {
-		err = volume.Cleanup(ctx, spec, string(b))
-	} else {
-		err = nil
-	}
+	remove, err := c.planDestroy(ctx, spec)
 	if err != nil {
 		return nil, err
 	}
+	for _, d := range []string{c.slotsDir(), c.slotsDir() + ".new"} {
+		if err := shredDir(d); err != nil {
+			return nil, err
+		}
+	}
+	crashpoint.At("destroy.volume")
+	if err := remove(); err != nil {
+		return nil, err
+	}
 	crashpoint.At("destroy.files")
-	for _, f := range []string{"keep.json", "protector", "volume"} {
-		if err := os.Remove(filepath.Join(dir, f)); err != nil && !errors.Is(err, os.ErrNotExist) {
+	// The header last: without it nobody knows of a file elsewhere.
+	for _, f := range []string{"protector", "volume", destroyNote, "keep.json"} {
+		if err := removeIfThere(filepath.Join(dir, f)); err != nil {
 			return nil, err
 		}
 	}
 	return nil, os.Remove(dir)
+}
+
+// destroyNote keeps the names of the volume's fscrypt objects from the moment the
+// slots go, which else told them, to the end.
+const destroyNote = "destroying"
+
+// planDestroy finds out how the volume goes, before anything does.
+func (c *call) planDestroy(ctx context.Context, spec volume.Spec) (remove func() error, err error) {
+	at := func(f string) string { return filepath.Join(c.StateDir, f) }
+	if spec.FSImage != "" {
+		if _, err := os.Lstat(spec.FSImage); err != nil { // never made, or gone
+			return func() error { return nil }, nil
+		}
+	}
+	// Of a keep that init has not finished, only the protector is known for sure.
+	if b, err := readSmall(at("protector"), 64); err == nil {
+		return func() error { return volume.Cleanup(ctx, spec, string(b)) }, nil
+	}
+	var id volume.ID
+	if b, err := readSmall(at(destroyNote), 1<<10); err == nil {
+		if err := strictjson.Decode(b, &id); err != nil {
+			return nil, errorf(CodeDamaged, c.Name, "note %q: %w", at(destroyNote), err)
+		}
+	} else if set, _, err := slot.Load(c.slotsDir()); err == nil {
+		id = volumeID(set)
+		crashpoint.At("destroy.note")
+		if err := writeFile(at(destroyNote), encode(id), 0o600); err != nil {
+			return nil, err
+		}
+	}
+	if id == (volume.ID{}) {
+		return func() error { return nil }, nil
+	}
+	return func() error { return volume.Destroy(ctx, spec, id) }, nil
 }
 
 // shredDir overwrites and unlinks the regular files of a slot directory and

@@ -69,15 +69,10 @@ func (m *Manager) plan(in *Init) (layout.Keep, *Header, view.User, error) {
 		if in.FSImage, err = filepath.Abs(in.FSImage); err != nil {
 			return fail(err)
 		}
-		_, err := os.Lstat(in.FSImage)
-		if err == nil {
-			return fail(errorf(CodeKeepExists, in.FSImage, "file %q exists already; it is not overwritten", in.FSImage))
-		}
-		if !errors.Is(err, os.ErrNotExist) {
-			return fail(errorf(CodeUsage, in.FSImage, "--on-image %q: %w", in.FSImage, err))
-		}
-		if fi, err := os.Stat(filepath.Dir(in.FSImage)); err != nil || !fi.IsDir() {
-			return fail(errorf(CodeUsage, in.FSImage, "--on-image %q: there is no directory %q", in.FSImage, filepath.Dir(in.FSImage)))
+		if !m.leftover(k, in.FSImage) {
+			if err := checkNewFile(in.FSImage); err != nil {
+				return fail(err)
+			}
 		}
 	}
 	if (in.Backend == volume.Image || in.FSImage != "") && in.Size < MinSize {
@@ -103,6 +98,32 @@ func (m *Manager) plan(in *Init) (layout.Keep, *Header, view.User, error) {
 	}
 	vu, err := h.viewUser()
 	return k, h, vu, err
+}
+
+// checkNewFile sees that the FILE of --on-image can be made.
+func checkNewFile(path string) error {
+	_, err := os.Lstat(path)
+	if err == nil {
+		return errorf(CodeKeepExists, path, "file %q exists already; it is not overwritten", path)
+	}
+	if !errors.Is(err, os.ErrNotExist) {
+		return errorf(CodeUsage, path, "--on-image %q: %w", path, err)
+	}
+	if fi, err := os.Stat(filepath.Dir(path)); err != nil || !fi.IsDir() {
+		return errorf(CodeUsage, path, "--on-image %q: there is no directory %q", path, filepath.Dir(path))
+	}
+	return nil
+}
+
+// leftover reports whether file belongs to a keep of this name that was never
+// finished or is half destroyed: Init removes it first.
+func (m *Manager) leftover(k layout.Keep, file string) bool {
+	for _, dir := range []string{k.Building(), destroying(k)} {
+		if h, err := readHeader(filepath.Join(dir, "keep.json"), k.Name); err == nil && h.FSImage == file {
+			return true
+		}
+	}
+	return false
 }
 
 // PlanInit returns the header that Init would write, and changes nothing.
@@ -168,8 +189,15 @@ func (m *Manager) Init(ctx context.Context, in Init) (*Keep, error) {
 			return nil, err
 		}
 	}
-	if err := m.discard(ctx, k, k.Building()); err != nil {
-		return nil, err
+	for _, dir := range []string{k.Building(), destroying(k)} {
+		if err := m.discard(ctx, k, dir); err != nil {
+			return nil, err
+		}
+	}
+	if in.FSImage != "" { // again: a leftover of that name is gone now
+		if err := checkNewFile(in.FSImage); err != nil {
+			return nil, err
+		}
 	}
 	crashpoint.At("init.dir")
 	if err := os.Mkdir(k.Building(), 0o700); err != nil {
