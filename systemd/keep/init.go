@@ -194,6 +194,9 @@ func (m *Manager) Init(ctx context.Context, in Init) (*Keep, error) {
 			return nil, err
 		}
 	}
+	if err := unpinAll(ctx, k); err != nil { // of one that was half destroyed
+		return nil, classified(err)
+	}
 	if in.FSImage != "" { // again: a leftover of that name is gone now
 		if err := checkNewFile(in.FSImage); err != nil {
 			return nil, err
