@@ -15,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -56,6 +57,7 @@ type supervisor struct {
 	starter  *starter
 
 	pinner   *pins.Pinner
+	changed  atomic.Bool    // the keep's database, since the pins were brought up to date
 	watching sync.WaitGroup // what has the volume open now and then
 
 	stopping sync.Once
@@ -149,7 +151,8 @@ func (s *supervisor) start(ctx context.Context) (*net.UnixListener, error) {
 	if err != nil {
 		return nil, err
 	}
-	// What an earlier supervisor had no time to pin, before anything can ask.
+	// What an earlier supervisor had no time to do, before anything can ask.
+	_ = s.prune(ctx)
 	if _, err := s.pinner.Add(ctx); err != nil {
 		return nil, err
 	}
@@ -433,7 +436,10 @@ func (s *supervisor) obey(line string, answer io.Writer) (last bool) {
 			s.drain()
 			s.cancel()
 			s.watching.Wait()
-			_, _ = s.pinner.Exact(context.Background())
+			if s.changed.Load() {
+				_ = s.prune(context.Background())
+				_, _ = s.pinner.Exact(context.Background())
+			}
 			s.pinner.Wait()
 			last = true
 		})

@@ -222,6 +222,7 @@ func (s *supervisor) watchPins(ctx context.Context) {
 	if err != nil {
 		return
 	}
+	<-changes // comes at once; start has done what it asks for
 	var again <-chan time.Time
 	for {
 		select {
@@ -229,6 +230,7 @@ func (s *supervisor) watchPins(ctx context.Context) {
 			if !ok {
 				return
 			}
+			s.changed.Store(true)
 			// A build writes many times. Its connection holds temporary roots until the
 			// pins are written anyway; this is for what outlives it by a power cut.
 			if sleep(ctx, settle) != nil {
@@ -238,9 +240,11 @@ func (s *supervisor) watchPins(ctx context.Context) {
 		}
 		again = nil
 		// Rows first: what has one is used without asking, so it stays pinned.
+		s.changed.Store(false)
 		busy := s.prune(ctx) != nil
 		// Removals wait while the system's collector runs.
 		if r, err := s.pinner.Exact(ctx); busy || err != nil || r.Deferred > 0 {
+			s.changed.Store(true)
 			again = time.After(pinAgain)
 		}
 	}

@@ -186,7 +186,7 @@ func BenchmarkBuild(b *testing.B) {
 	l := newLaptop(b)
 	lib := l.Must(b, "root", "nix-build --no-out-link -E "+fixture.Quote(fixture.Derivation("lib", "echo lib > $out"))+" 2>/dev/null")
 	l.Must(b, "root", "overkeep unlock alice --identity /run/id; "+openHand)
-	const builds = 12
+	const builds = 40
 	for b.Loop() {
 		var ours, hand []float64
 		for i := range rounds {
