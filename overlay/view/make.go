@@ -12,6 +12,8 @@ import (
 
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
+
+	"overkeep/overlay/layout"
 )
 
 // BusyError is a mount that cannot be unmounted because something uses it.
@@ -113,14 +115,32 @@ func (t Table) has(m Mount) bool {
 	return err1 == nil && err2 == nil && os.SameFile(source, target)
 }
 
+// Inside reports whether the calling thread lives in the view of some keep.
+func Inside() (bool, error) {
+	t, err := table()
+	if err != nil {
+		return false, err
+	}
+	return slices.ContainsFunc(t, func(i *mountinfo.Info) bool {
+		return i.Mountpoint == layout.NixStore && i.FSType == "overlay" && strings.Contains(i.VFSOptions, "/k/store/upper")
+	}), nil
+}
+
 // Cover hides what the homes' mounts of list hid, in a namespace whose sessions
-// outlive a lock, behind the empty directory at dir. Uncover takes it back.
-func Cover(list []Mount, dir string) error {
+// outlive a lock, behind the empty directory at dir. Uncover takes it back. Both
+// may be repeated.
+func Cover(list []Mount, u User, dir string) error {
+	t, err := table()
+	if err != nil {
+		return err
+	}
 	for _, m := range list {
-		if m.AsUser && !m.Sealed {
-			if err := unix.Mount(dir, m.Target, "", unix.MS_BIND, ""); err != nil && err != unix.ENOENT {
-				return fmt.Errorf("cover %s: %w", m.Target, err)
-			}
+		c := Mount{Kind: Bind, Source: dir, Target: m.Target, AsUser: true}
+		if !m.AsUser || m.Sealed || t.has(c) {
+			continue
+		}
+		if err := makeOne(c, u); err != nil {
+			return fmt.Errorf("cover %s: %w", m.Target, err)
 		}
 	}
 	return nil
@@ -143,41 +163,43 @@ func Uncover(list []Mount, dir string) error {
 }
 
 func makeOne(m Mount, u User) error {
-	target, done, err := mountPoint(m, u)
+	target, err := mountPoint(m, u)
 	if err != nil {
 		return err
 	}
-	defer done()
+	defer unix.Close(target)
 	if m.Kind == Overlay {
-		return unix.Mount(m.Source, target, "overlay", m.Flags, strings.Join(m.Options, ","))
+		return unix.Mount(m.Source, fmt.Sprintf("/proc/self/fd/%d", target), "overlay", m.Flags, strings.Join(m.Options, ","))
 	}
-	if err := unix.Mount(m.Source, target, "", unix.MS_BIND, ""); err != nil {
-		return err
-	}
-	// A bind is a peer of what it was made from: what is mounted on the source
-	// later, as the personal daemon's socket is, would appear in it, too.
-	if err := unix.Mount("", m.Target, "", unix.MS_PRIVATE, ""); err != nil {
-		_ = unix.Unmount(m.Target, unix.UMOUNT_NOFOLLOW)
-		return err
-	}
-	if m.Flags == 0 {
-		return nil
-	}
-	// A bind takes its flags only from a second, remounting call (mount(2)). The
-	// descriptor of target lies beneath the new mount, so the path is used; it is
-	// resolved without following a last symlink by being a mount point now.
-	if err := unix.Mount("", m.Target, "", unix.MS_BIND|unix.MS_REMOUNT|m.Flags, ""); err != nil {
-		_ = unix.Unmount(m.Target, unix.UMOUNT_NOFOLLOW)
-		return err
-	}
-	return nil
+	return bind(m, target)
 }
 
-// mountPoint returns a path for mount(2) that is bound to the very directory
-// that was checked, and a function to release it.
-func mountPoint(m Mount, u User) (string, func(), error) {
-	var fd int
-	var err error
+// bind makes the mount complete before it appears, on the very directory that was
+// checked: a second call by path (for the flags, mount(2)) would be led by whoever
+// owns a directory on the way (open_tree(2), mount_setattr(2), Linux 5.12).
+func bind(m Mount, target int) error {
+	tree, err := unix.OpenTree(unix.AT_FDCWD, m.Source, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_SYMLINK_NOFOLLOW)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(tree)
+	// Private: a bind is a peer of what it was made from, and what is mounted on the
+	// source later, as the personal daemon's socket is, would appear in it, too.
+	attr := unix.MountAttr{Propagation: unix.MS_PRIVATE}
+	if m.Flags&unix.MS_NOSUID != 0 {
+		attr.Attr_set |= unix.MOUNT_ATTR_NOSUID
+	}
+	if m.Flags&unix.MS_NODEV != 0 {
+		attr.Attr_set |= unix.MOUNT_ATTR_NODEV
+	}
+	if err := unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH, &attr); err != nil {
+		return err
+	}
+	return unix.MoveMount(tree, "", target, "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH)
+}
+
+// mountPoint opens the directory that is to be mounted on, and checks it.
+func mountPoint(m Mount, u User) (fd int, err error) {
 	if m.AsUser {
 		fd, err = userDir(m, u)
 	} else {
@@ -186,11 +208,11 @@ func mountPoint(m Mount, u User) (string, func(), error) {
 	if err != nil {
 		var pe *MountPointError
 		if errors.As(err, &pe) {
-			return "", nil, err
+			return -1, err
 		}
-		return "", nil, &MountPointError{m.Target, "cannot be opened: " + err.Error()}
+		return -1, &MountPointError{m.Target, "cannot be opened: " + err.Error()}
 	}
-	return fmt.Sprintf("/proc/self/fd/%d", fd), func() { unix.Close(fd) }, nil
+	return fd, nil
 }
 
 // userDir opens (making it when missing) a directory in the user's home with

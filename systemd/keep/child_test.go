@@ -113,9 +113,14 @@ func event(name string, pad int) string {
 }
 
 func TestInotifyNames(t *testing.T) {
-	got := inotifyNames([]byte(event("abc", 5) + event("", 0) + event("d", 1)))
-	if want := []string{"abc", "", "d"}; !slices.Equal(got, want) {
-		t.Errorf("got %q", got)
+	got, lost := inotifyNames([]byte(event("abc", 5) + event("", 0) + event("d", 1)))
+	if want := []string{"abc", "", "d"}; !slices.Equal(got, want) || lost {
+		t.Errorf("got %q, %v", got, lost)
+	}
+	overflow := []byte(event("", 0))
+	overflow[5] = 0x40 // IN_Q_OVERFLOW, 0x4000
+	if _, lost := inotifyNames(overflow); !lost {
+		t.Error("lost events are not noticed")
 	}
 }
 

@@ -63,7 +63,15 @@ func (m *Manager) Destroy(ctx context.Context, name string) error {
 			return classified(errors.Join(unpinAll(ctx, k), syncDir(layout.StateRoot(k.Root))))
 		}
 	default:
-		// A damaged header does not keep a keep alive that its owner wants gone.
+		// A damaged header does not keep a keep alive that its owner wants gone; but
+		// an open one is not pulled away.
+		ns, nerr := existingNamespace(k)
+		if ns != nil {
+			ns.Close()
+		}
+		if ns != nil || nerr != nil || supervisorPID(k) != 0 {
+			return errorf(CodeUnlocked, name, "keep %q is open, and its header is damaged: %w", name, err)
+		}
 	}
 	crashpoint.At("destroy.rename")
 	if err := os.Rename(k.StateDir(), destroying(k)); err != nil {
@@ -119,6 +127,7 @@ func opDestroy(ctx context.Context, c *call) (any, error) {
 			return nil, err
 		}
 	}
+	sweepTemps(dir)
 	return nil, os.Remove(dir)
 }
 

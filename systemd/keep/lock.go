@@ -42,6 +42,7 @@ const (
 	keyGrace    = 2 * time.Second        // for files that the kernel is still evicting after an unmount
 	kernelGrace = 5 * time.Second        // for what no process holds
 	killGrace   = 5 * time.Second        // between SIGTERM and SIGKILL
+	answerGrace = 30 * time.Second       // for the system's nix-daemon
 	lookAgain   = 100 * time.Millisecond // between two looks at holders that may let go without ending
 )
 
@@ -213,6 +214,7 @@ type locker struct {
 	id      volume.ID
 	list    []view.Mount
 	target  holder.Target
+	unseen  string // what the last look for holders could not look at
 	already bool
 	busy    time.Time // since when nothing but the kernel itself holds it; zero: not
 }
@@ -328,7 +330,7 @@ func union[T comparable](a, b []T) []T {
 // notLocked is the error that names the holders.
 func (l *locker) notLocked(why string, hs []holder.Holder) error {
 	return &Error{Code: CodeNotLocked, Name: l.c.Name, Holders: hs,
-		Message: fmt.Sprintf("keep %q is NOT locked: %s", l.c.Name, why)}
+		Message: fmt.Sprintf("keep %q is NOT locked: %s%s", l.c.Name, why, l.unseen)}
 }
 
 // deal applies the lock mode to what holds the keep: nil means try again.
@@ -446,7 +448,7 @@ func (l *locker) attempt(ctx context.Context) error {
 		return err
 	}
 	crashpoint.At("lock.view")
-	if err := view.Undo(l.list); err != nil {
+	if err := errors.Join(view.Undo(l.list), l.coverSessions()); err != nil {
 		return err
 	}
 	// And whatever else of the keep is mounted here: binds that a session made,
@@ -467,10 +469,7 @@ func (l *locker) attempt(ctx context.Context) error {
 	crashpoint.At("lock.detach")
 	ctx, cancel := context.WithTimeout(ctx, keyGrace)
 	defer cancel()
-	if err := volume.DetachFS(ctx, l.spec); err != nil {
-		return err
-	}
-	return l.coverSessions()
+	return volume.DetachFS(ctx, l.spec)
 }
 
 // coverSessions sees to it that a session which outlives the lock cannot fall back
@@ -484,7 +483,7 @@ func (l *locker) coverSessions() error {
 	if !inhabited(st.Ino) {
 		return nil
 	}
-	return view.Cover(l.list, l.c.k.Cover())
+	return view.Cover(l.list, l.c.User, l.c.k.Cover())
 }
 
 func unmountOwn(t holder.Target) error {
@@ -528,6 +527,10 @@ func (l *locker) unmountCopies(ctx context.Context) error {
 
 // holders names what holds the keep; incomplete looks are as good as none.
 func (l *locker) holders(ctx context.Context, skip map[int]bool) []holder.Holder {
-	hs, _ := holder.Scan(ctx, l.target, func(pid int) bool { return pid == os.Getpid() || skip[pid] })
+	hs, err := holder.Scan(ctx, l.target, func(pid int) bool { return pid == os.Getpid() || skip[pid] })
+	var incomplete *holder.IncompleteError
+	if l.unseen = ""; errors.As(err, &incomplete) {
+		l.unseen = "; " + incomplete.Error()
+	}
 	return hs
 }

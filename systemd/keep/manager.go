@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"sort"
 	"strings"
 
@@ -114,6 +115,9 @@ func (m *Manager) Pick(name, user string) (*Keep, error) {
 // runLock takes the keep's run lock, waiting for nobody: two commands at once on
 // one keep is a mistake that the second is told about.
 func runLock(k layout.Keep) (release func(), err error) {
+	if err := outsideView(); err != nil {
+		return nil, err
+	}
 	// Before anything is made below the root: it must be root's alone.
 	for _, dir := range []string{k.RunDir(), k.StateDir()} {
 		if err := checkParents(dir); err != nil {
@@ -124,6 +128,19 @@ func runLock(k layout.Keep) (release func(), err error) {
 		return nil, classified(err)
 	}
 	return flock(k, unix.LOCK_EX)
+}
+
+// outsideView refuses to act from inside a view: a keep that is opened there would
+// be laid over another user's private store.
+func outsideView() error {
+	in, err := view.Inside()
+	if err != nil {
+		return classified(err)
+	}
+	if in {
+		return errorf(CodeUsage, "", "this is inside the view of a keep; run it outside")
+	}
+	return nil
 }
 
 // flock takes the run lock file, which stays for good: removing a lock file lets
@@ -220,6 +237,8 @@ func removeRunDirs(k layout.Keep) {
 	} {
 		_ = os.Remove(f)
 	}
+	sweepTemps(k.RunDir())
+	sweepTemps(k.NixConfDir())
 	for _, d := range []string{
 		k.Volume(), k.FSMount(), k.SystemSocketDir(), k.LowerSocketDir(), k.Cover(),
 		k.SocketDir(), k.NixConfDir(), k.NamespaceDir(), k.RunDir(),
@@ -252,9 +271,26 @@ func checkParents(dir string) error {
 	}
 }
 
-// writeFile replaces path atomically and durably.
+// writeFile replaces path atomically and durably. What a crash leaves of it lies
+// beside it, under the name ".BASE" and digits: nothing is written elsewhere.
 func writeFile(path string, data []byte, mode os.FileMode) error {
-	return renameio.WriteFile(path, data, mode, renameio.IgnoreUmask())
+	dir := filepath.Dir(path)
+	if err := renameio.WriteFile(path, data, mode, renameio.IgnoreUmask(), renameio.WithTempDir(dir)); err != nil {
+		return err
+	}
+	return syncDir(dir)
+}
+
+var tempName = regexp.MustCompile(`^\.(keep\.json|protector|destroying|nix\.conf|target\.json)[0-9]+$`)
+
+// sweepTemps removes what a killed writeFile left in dir.
+func sweepTemps(dir string) {
+	entries, _ := os.ReadDir(dir)
+	for _, e := range entries {
+		if e.Type().IsRegular() && tempName.MatchString(e.Name()) {
+			_ = os.Remove(filepath.Join(dir, e.Name()))
+		}
+	}
 }
 
 // removeIfThere is os.Remove for what may be gone already.

@@ -318,6 +318,7 @@ func opOpen(ctx context.Context, c *call) (any, error) {
 	if err := slot.Sweep(c.slotsDir()); err != nil {
 		return nil, err
 	}
+	sweepTemps(c.StateDir)
 	c.event("key", openResult{name})
 	if c.Restart {
 		return openResult{name}, nil

@@ -25,6 +25,9 @@ func (k *Keep) Exec(argv []string, asRoot bool) error {
 	if err := requireRoot(); err != nil {
 		return err
 	}
+	if err := outsideView(); err != nil {
+		return err
+	}
 	// Shared with other runs and held until the exec: no lock can come between the
 	// look and the entry.
 	release, err := flock(k.Keep, unix.LOCK_SH)
@@ -75,7 +78,8 @@ func (k *Keep) Exec(argv []string, asRoot bool) error {
 	if err != nil {
 		return errorf(CodeUsage, argv[0], "command %q: %w", argv[0], err)
 	}
-	return errorf(CodeInternal, argv[0], "run %q: %w", argv[0], unix.Exec(path, argv, env))
+	err = unix.Exec(path, argv, env)
+	return errorf(CodeUsage, argv[0], "run %q: %w", argv[0], err)
 }
 
 // wholeView sees that every mount of the view is there, in the thread's namespace.
@@ -133,7 +137,7 @@ func becomeUser(u *user.User) error {
 func runEnv(env []string, k *Keep, u *user.User, asRoot bool) []string {
 	drop := map[string]bool{
 		"NIX_REMOTE": true, "NIX_STORE_DIR": true, "NIX_STATE_DIR": true, "NIX_LOG_DIR": true, "NIX_CONF_DIR": true,
-		"NIX_DAEMON_SOCKET_PATH": true, "NIX_CONFIG": true, "TMPDIR": true, "TMP": true, "TEMP": true, "TEMPDIR": true,
+		"NIX_DAEMON_SOCKET_PATH": true, "NIX_CONFIG": true, "NIX_USER_CONF_FILES": true, "TMPDIR": true, "TMP": true, "TEMP": true, "TEMPDIR": true,
 		"XDG_CACHE_HOME": true, "XDG_STATE_HOME": true, "XDG_DATA_HOME": true, "XDG_RUNTIME_DIR": true,
 		"HOME": true, "USER": true, "LOGNAME": true, "MAIL": true, "OVERKEEP_KEEP": true, "OVERKEEP_ROOT": true,
 	}

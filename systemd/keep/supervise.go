@@ -153,13 +153,18 @@ func (s *supervisor) start(ctx context.Context) (*net.UnixListener, error) {
 	}
 	// What an earlier supervisor had no time to do, before anything can ask.
 	_ = s.prune(ctx)
-	if _, err := s.pinner.Add(ctx); err != nil {
-		return nil, err
+	soon, done := context.WithTimeout(ctx, answerGrace)
+	defer done()
+	if _, err := s.pinner.Add(soon); err != nil {
+		return nil, errorf(CodeNoNix, layout.NixDaemonSocket+"/socket", "the system's nix-daemon does not answer: %w", err)
 	}
+	// Before the daemon is started: one that dies at once is seen, too.
+	ended := make(chan os.Signal, 16)
+	signal.Notify(ended, syscall.SIGCHLD)
 	if err := s.serve(); err != nil {
 		return nil, err
 	}
-	go s.reap()
+	go s.reap(ended)
 	s.watching.Go(func() { s.watchPins(ctx) })
 	go s.watchLower(ctx)
 	return control, nil
@@ -297,9 +302,7 @@ func execDaemonMain() int {
 const maxStarts = 20
 
 // reap waits for every child, and starts the daemon again when it died unasked.
-func (s *supervisor) reap() {
-	sig := make(chan os.Signal, 16)
-	signal.Notify(sig, syscall.SIGCHLD)
+func (s *supervisor) reap(sig <-chan os.Signal) {
 	for range sig {
 		for {
 			var ws unix.WaitStatus
@@ -437,8 +440,10 @@ func (s *supervisor) obey(line string, answer io.Writer) (last bool) {
 			s.cancel()
 			s.watching.Wait()
 			if s.changed.Load() {
-				_ = s.prune(context.Background())
-				_, _ = s.pinner.Exact(context.Background())
+				ctx, done := context.WithTimeout(context.Background(), killGrace)
+				_ = s.prune(ctx)
+				_, _ = s.pinner.Exact(ctx)
+				done()
 			}
 			s.pinner.Wait()
 			last = true

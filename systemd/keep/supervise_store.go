@@ -271,7 +271,8 @@ func (s *supervisor) watchLower(ctx context.Context) {
 		if err != nil {
 			return
 		}
-		if slices.ContainsFunc(inotifyNames(buf[:n]), func(name string) bool { return s.outdated(dir, name) }) {
+		names, lost := inotifyNames(buf[:n])
+		if lost || slices.ContainsFunc(names, func(name string) bool { return s.outdated(dir, name) }) {
 			_ = view.Remount() // forgets them all
 		}
 	}
@@ -287,10 +288,12 @@ func (s *supervisor) outdated(lower, name string) bool {
 	return !there(s.k.Upper()) && there(layout.NixStore) != there(lower)
 }
 
-// inotifyNames reads the names out of inotify(7) events.
-func inotifyNames(b []byte) []string {
-	var out []string
+// inotifyNames reads the names out of inotify(7) events, and whether events were
+// lost.
+func inotifyNames(b []byte) (out []string, lost bool) {
 	for len(b) >= unix.SizeofInotifyEvent {
+		mask := uint32(b[4]) | uint32(b[5])<<8 | uint32(b[6])<<16 | uint32(b[7])<<24
+		lost = lost || mask&unix.IN_Q_OVERFLOW != 0
 		n := int(uint32(b[12]) | uint32(b[13])<<8 | uint32(b[14])<<16 | uint32(b[15])<<24)
 		if len(b) < unix.SizeofInotifyEvent+n {
 			break
@@ -299,5 +302,5 @@ func inotifyNames(b []byte) []string {
 		out = append(out, strings.TrimRight(name, "\x00"))
 		b = b[unix.SizeofInotifyEvent+n:]
 	}
-	return out
+	return out, lost
 }

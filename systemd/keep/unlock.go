@@ -99,7 +99,7 @@ func (k *Keep) Unlock(ctx context.Context, auth Auth) (*UnlockResult, error) {
 	}
 	if err == nil {
 		crashpoint.At("unlock.supervisor")
-		err = k.startSupervisor(ns, u, nixDaemon)
+		err = k.startSupervisor(ctx, ns, u, nixDaemon)
 	}
 	if err != nil {
 		// A helper that was killed half-way left what it had: the lock takes
@@ -112,6 +112,16 @@ func (k *Keep) Unlock(ctx context.Context, auth Auth) (*UnlockResult, error) {
 		return nil, classified(errors.Join(classified(err), lerr))
 	}
 	return &UnlockResult{Keep: k.Name, Slot: r.Slot}, nil
+}
+
+// sameNamespace reports whether a process lives in the mount namespace.
+func sameNamespace(pid int, ns *view.Namespace) (bool, error) {
+	var st unix.Stat_t
+	if err := unix.Stat("/proc/"+strconv.Itoa(pid)+"/ns/mnt", &st); err != nil {
+		return false, err
+	}
+	ino, err := ns.Inode()
+	return ino == st.Ino, err
 }
 
 // answered reports whether a helper process lived long enough to say what failed.
@@ -213,10 +223,12 @@ func checkNix() (string, error) {
 // personal daemon's socket listens.
 //
 // One that is left from a lock that was given up serves again.
-func (k *Keep) startSupervisor(ns *view.Namespace, u view.User, nixDaemon string) error {
+func (k *Keep) startSupervisor(ctx context.Context, ns *view.Namespace, u view.User, nixDaemon string) error {
 	if pid := supervisorPID(k.Keep); pid != 0 {
-		if answer, err := control(k.Keep, "resume"); err == nil && answer == "serving" {
-			return nil
+		if lives, err := sameNamespace(pid, ns); err == nil && lives {
+			if answer, err := control(k.Keep, "resume"); err == nil && answer == "serving" {
+				return nil
+			}
 		}
 		endSupervisor(pid, false)
 	}
@@ -254,7 +266,12 @@ func (k *Keep) startSupervisor(ns *view.Namespace, u view.User, nixDaemon string
 		return err
 	}
 	inW.Close()
+	interrupted := context.AfterFunc(ctx, func() { _ = cmd.Process.Kill() })
 	line, err := bufio.NewReader(out).ReadBytes('\n')
+	if !interrupted() {
+		_ = cmd.Wait()
+		return errorf(CodeAborted, k.Name, "interrupted")
+	}
 	var r reply
 	if err != nil || json.Unmarshal(line, &r) != nil {
 		_ = cmd.Process.Kill()

@@ -134,6 +134,20 @@ func TestOpenKeep(t *testing.T) {
 			t.Errorf("alice read root's descriptor: %s", out)
 		}
 	})
+	t.Run("from inside the view", func(t *testing.T) {
+		for _, c := range []string{"unlock alice", "lock alice", "run alice -- true", "init --user bob"} {
+			out, err := k.Run("root", "overkeep run alice --as-root -- overkeep "+c+" </dev/null")
+			if fixture.Code(err) != 2 {
+				t.Errorf("overkeep %s inside a view: %v %s", c, err, out)
+			}
+		}
+	})
+	t.Run("upstream is the system", func(t *testing.T) {
+		host := k.Must(t, "root", "stat -c %i /nix/var/nix/daemon-socket/socket")
+		if got := k.Must(t, "root", "nsenter --mount=/run/overkeep/alice/ns/mnt stat -c %i /run/overkeep/alice/lower/sys/socket"); got != host {
+			t.Errorf("the socket bound aside has inode %s, the system daemon's has %s", got, host)
+		}
+	})
 	t.Run("run while a lock is under way", func(t *testing.T) {
 		out, err := k.Run("root", "flock /run/overkeep/.alice.lock overkeep run alice -- true")
 		if fixture.Code(err) != 14 {
@@ -150,4 +164,18 @@ func TestOpenKeep(t *testing.T) {
 	})
 	k.Lock(t)
 	absent(t, k, "private")
+}
+
+// Settings of the system's nix.conf that would tell others what is built.
+func TestSystemSettings(t *testing.T) {
+	k := fixture.Machine(t, bed.Forky)
+	k.Must(t, "root", `printf '#!/bin/sh\necho "$@" >>/var/tmp/hook\n' >/var/tmp/hook.sh; chmod 755 /var/tmp/hook.sh
+printf 'pre-build-hook = /var/tmp/hook.sh\npost-build-hook = /var/tmp/hook.sh\njson-log-path = /var/tmp/log\n' >>/etc/nix/nix.conf`)
+	k.Init(t)
+	k.Unlock(t)
+	k.Alice(t, build("told-private"))
+	if out := k.Must(t, "root", "cat /var/tmp/hook /var/tmp/log 2>/dev/null || true"); strings.Contains(out, "told-private") {
+		t.Errorf("the system was told: %s", out)
+	}
+	k.Lock(t)
 }
