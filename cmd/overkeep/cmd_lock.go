@@ -150,7 +150,7 @@ func lockSteps(ctx context.Context, k *keep.Keep, o lockOptions) steps {
 	}
 	add("unmount the view, then the volume:", append(mounts, "umount "+k.Volume())...)
 	add("take the key from the kernel, for all users, until it says absent")
-	add("drop caches, and prove it: names in the encrypted directory are ciphertext")
+	add("prove it: the key is absent and names in the encrypted directory are ciphertext")
 	if k.Header.FSImage != "" {
 		add("unmount the keep's own file system", "umount "+k.FSMount())
 	}

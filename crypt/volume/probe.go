@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/google/fscrypt/crypto"
 	"github.com/google/fscrypt/metadata"
@@ -106,6 +107,11 @@ func sweepProbes(parent *os.File) {
 	names, _ := d.Readdirnames(-1)
 	for _, n := range names {
 		if !strings.HasPrefix(n, probePrefix) {
+			continue
+		}
+		// A new one is not locked yet.
+		var st unix.Stat_t
+		if unix.Fstatat(int(d.Fd()), n, &st, unix.AT_SYMLINK_NOFOLLOW) != nil || time.Since(time.Unix(st.Mtim.Unix())) < time.Minute {
 			continue
 		}
 		if f, err := openBeneath(parent, n, unix.O_DIRECTORY); err == nil {

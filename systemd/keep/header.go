@@ -165,6 +165,9 @@ func readHeader(path, name string) (*Header, error) {
 		}
 		return nil, errorf(CodeNoKeep, name, "there is no keep %q", name)
 	}
+	if errors.Is(err, unix.ENOTDIR) {
+		return nil, errorf(CodeUsage, path, "%q is not below a directory", path)
+	}
 	if errors.Is(err, os.ErrPermission) && os.Geteuid() != 0 {
 		return nil, errorf(CodeNotRoot, name, "keep %q can be looked at by root alone", name)
 	}
@@ -204,5 +207,10 @@ func (h *Header) viewUser() (view.User, error) {
 	if uid != h.UID {
 		return view.User{}, errorf(CodeForeign, h.User, "keep %q was made for user %q with uid %d, who now has uid %d", h.Name, h.User, h.UID, uid)
 	}
-	return view.User{Name: h.User, UID: uid, GID: gid, Home: u.HomeDir}, nil
+	// As the mount table will have it: a home, or /home, may be a link of root's.
+	home, err := filepath.EvalSymlinks(u.HomeDir)
+	if err != nil {
+		home = u.HomeDir // missing: Make says so
+	}
+	return view.User{Name: h.User, UID: uid, GID: gid, Home: home}, nil
 }

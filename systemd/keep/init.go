@@ -157,6 +157,9 @@ func (m *Manager) probe(k layout.Keep) error {
 	if errors.Is(r.Err, syscall.ENOSPC) || errors.Is(r.Err, syscall.EDQUOT) {
 		return errorf(CodeNoSpace, dir, "no space left on the file system of %q", dir)
 	}
+	if r.Answer == volume.Unsure {
+		return errorf(CodeInternal, dir, "could not tell whether the file system of %q can encrypt: %s", dir, r.Missing)
+	}
 	e := errorf(CodeUnsupported, dir, "the file system of %q cannot encrypt: %s", dir, r.Missing)
 	e.Missing, e.Remedy = r.Missing, r.Remedy
 	return e

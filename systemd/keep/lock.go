@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -185,7 +186,9 @@ func opClose(ctx context.Context, c *call) (any, error) {
 		var vb *volume.BusyError
 		var wb *view.BusyError
 		var ub *holder.UnmountError
-		if !errors.As(err, &vb) && !errors.As(err, &wb) && !errors.As(err, &ub) && !errors.Is(err, errHeld) {
+		// The user may move mount points about while they are being unmounted.
+		moved := errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP)
+		if !errors.As(err, &vb) && !errors.As(err, &wb) && !errors.As(err, &ub) && !errors.Is(err, errHeld) && !moved {
 			return nil, err
 		}
 		hs := l.holders(ctx, nil)
@@ -463,8 +466,12 @@ func (l *locker) attempt(ctx context.Context) error {
 	if err := removeKey(ctx, l.spec, l.id); err != nil {
 		return err
 	}
+	// An absent key means that the kernel has evicted every file that had it. Should
+	// a name be left all the same, the caches go, and then it counts.
 	if err := volume.ProveLocked(l.spec, l.id, innerNames...); err != nil {
-		return err
+		if err := errors.Join(volume.DropCaches(), volume.ProveLocked(l.spec, l.id, innerNames...)); err != nil {
+			return err
+		}
 	}
 	crashpoint.At("lock.detach")
 	ctx, cancel := context.WithTimeout(ctx, keyGrace)

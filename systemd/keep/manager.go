@@ -115,19 +115,27 @@ func (m *Manager) Pick(name, user string) (*Keep, error) {
 // runLock takes the keep's run lock, waiting for nobody: two commands at once on
 // one keep is a mistake that the second is told about.
 func runLock(k layout.Keep) (release func(), err error) {
-	if err := outsideView(); err != nil {
+	if err := guard(k); err != nil {
 		return nil, err
-	}
-	// Before anything is made below the root: it must be root's alone.
-	for _, dir := range []string{k.RunDir(), k.StateDir()} {
-		if err := checkParents(dir); err != nil {
-			return nil, err
-		}
 	}
 	if err := mkdirMode(layout.RunRoot(k.Root), 0o755); err != nil {
 		return nil, classified(err)
 	}
 	return flock(k, unix.LOCK_EX)
+}
+
+// guard refuses to act from inside a view, and below a root that is not root's
+// alone, before anything is made or opened there.
+func guard(k layout.Keep) error {
+	if err := outsideView(); err != nil {
+		return err
+	}
+	for _, dir := range []string{k.RunDir(), k.StateDir()} {
+		if err := checkParents(dir); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // outsideView refuses to act from inside a view: a keep that is opened there would

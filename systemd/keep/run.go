@@ -25,7 +25,7 @@ func (k *Keep) Exec(argv []string, asRoot bool) error {
 	if err := requireRoot(); err != nil {
 		return err
 	}
-	if err := outsideView(); err != nil {
+	if err := guard(k.Keep); err != nil {
 		return err
 	}
 	// Shared with other runs and held until the exec: no lock can come between the

@@ -88,7 +88,10 @@ type stateInfo struct {
 }
 
 // state asks the kernel where the keep stands.
-func (k *Keep) state(ctx context.Context) (*stateInfo, error) {
+func (k *Keep) state(ctx context.Context) (*stateInfo, error) { return k.look(ctx, false) }
+
+// look is state, with the sizes of things if asked for: they take a walk.
+func (k *Keep) look(ctx context.Context, sizes bool) (*stateInfo, error) {
 	ns, err := existingNamespace(k.Keep)
 	if err != nil {
 		return nil, err
@@ -104,6 +107,7 @@ func (k *Keep) state(ctx context.Context) (*stateInfo, error) {
 	if u, err := k.Header.viewUser(); err == nil {
 		req.User = u
 	}
+	req.Sizes = sizes
 	st := new(stateInfo)
 	if _, err := k.m.child(ctx, "state", req, childOptions{ns: ns}, st); err != nil {
 		return nil, err
@@ -201,6 +205,9 @@ func opState(ctx context.Context, c *call) (any, error) {
 	if st.Mounts[0].Mounted {
 		st.Holding++
 	}
+	if !c.Sizes {
+		return st, nil
+	}
 	if u, err := volume.Usage(spec, c.k.Volume()); err == nil {
 		st.SizeTotal, st.SizeUsed, st.SizeOnDisk = u.Total, u.Total-u.Free, u.ImageAllocated+u.FSImageAllocated
 	}
@@ -241,7 +248,7 @@ func (k *Keep) Status(ctx context.Context) (*Status, error) {
 	if err := requireRoot(); err != nil {
 		return nil, err
 	}
-	st, err := k.state(ctx)
+	st, err := k.look(ctx, true)
 	if err != nil {
 		return nil, err
 	}
