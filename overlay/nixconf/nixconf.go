@@ -30,6 +30,9 @@ type Config struct {
 	Keep         layout.Keep
 	User         string
 	Substituters Substituters
+	// OldNix says that the daemon is older than 2.27 and would complain to its
+	// clients about settings that it does not know.
+	OldNix bool
 	// LowerSocket is the socket that answers for the system store.
 	LowerSocket string
 }
@@ -79,13 +82,15 @@ func (c Config) Lines() []Line {
 		{"builders", "", "no remote machine gets private sources"},
 		{"post-build-hook", "", "the system's hook may upload what it is given"},
 		{"pre-build-hook", "", "the system's hook is told what is built"},
-		{"json-log-path", "", "the system's log would name private paths"},
 		{"hashed-mirrors", "", "a mirror would be asked for private hashes"},
 		{"plugin-files", "", "the system's plugins see everything"},
 		{"secret-key-files", "", "private paths are not signed with the machine's key"},
 		{"diff-hook", "", "the system's hook may log what it is given"},
 		{"run-diff-hook", "false", "the system's hook may log what it is given"},
 		{"use-xdg-base-directories", "true", "profiles live where the keep is bound"},
+	}
+	if !c.OldNix {
+		lines = append(lines, Line{"json-log-path", "", "the system's log would name private paths"})
 	}
 	if c.Substituters != Inherit {
 		lines = append(lines,

@@ -106,6 +106,13 @@ func TestSettings(t *testing.T) {
 			t.Errorf("%s = %q (set: %v), want %q", k, got, ok, want)
 		}
 	}
+	if _, ok := s["json-log-path"]; !ok {
+		t.Error("the system's log path holds")
+	}
+	c.OldNix = true
+	if _, ok := get(c)["json-log-path"]; ok {
+		t.Error("an old Nix is given a setting that it does not know")
+	}
 	c.Substituters = Inherit
 	if _, ok := get(c)["substituters"]; ok {
 		t.Error("inherit still sets substituters")

@@ -50,6 +50,7 @@ type request struct {
 	Locking  LockMode  `json:"locking,omitempty"`
 	Restart  bool      `json:"restart,omitempty"` // open: prove the key, change nothing
 	Force    bool      `json:"force,omitempty"`
+	OldNix   bool      `json:"old_nix,omitempty"`
 	Sizes    bool      `json:"sizes,omitempty"` // state: add up what the volume takes
 }
 

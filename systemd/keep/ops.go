@@ -346,10 +346,26 @@ func opOpen(ctx context.Context, c *call) (any, error) {
 		err = (&locker{c: c, spec: spec, id: id, list: list}).describe()
 	}
 	if err != nil {
-		return nil, errors.Join(err, closeVolume(context.WithoutCancel(ctx), spec, id, c.k.Volume()))
+		return nil, errors.Join(err, c.takeBack(context.WithoutCancel(ctx), &locker{c: c, spec: spec, id: id, list: list}))
 	}
 	crashpoint.At("unlock.made")
 	return openResult{name}, nil
+}
+
+// takeBack locks what opOpen has opened so far. The user may be moving the mount
+// points about meanwhile, so it looks again a few times.
+func (c *call) takeBack(ctx context.Context, l *locker) (err error) {
+	for range 50 {
+		if err = l.describe(); err == nil {
+			if err = l.attempt(ctx); err == nil {
+				return removeIfThere(l.targetFile())
+			}
+		}
+		if sleep(ctx, lookAgain/2) != nil {
+			break
+		}
+	}
+	return err
 }
 
 // arrange checks what is pinned inside the volume, gives the upper store the
@@ -377,6 +393,7 @@ func (c *call) arrange(epoch uint64) ([]view.Mount, error) {
 		return nil, err
 	}
 	conf := nixConfig(c.k, c.Header, c.Root)
+	conf.OldNix = c.OldNix
 	if err := writeFile(filepath.Join(c.k.NixConfDir(), "nix.conf"), []byte(conf.Render()), 0o644); err != nil {
 		return nil, err
 	}

@@ -55,7 +55,7 @@ func (k *Keep) Unlock(ctx context.Context, auth Auth) (*UnlockResult, error) {
 	if _, err := ReadConfig(k.Root); err != nil {
 		return nil, err
 	}
-	nixDaemon, err := checkNix()
+	nixDaemon, oldNix, err := checkNix()
 	if err != nil {
 		return nil, err
 	}
@@ -67,7 +67,7 @@ func (k *Keep) Unlock(ctx context.Context, auth Auth) (*UnlockResult, error) {
 	if err := ensureRunDirs(k.Keep); err != nil {
 		return nil, err
 	}
-	req := request{Root: k.Root, Name: k.Name, StateDir: k.StateDir(), Header: k.Header, User: u, Restart: st.ViewComplete}
+	req := request{Root: k.Root, Name: k.Name, StateDir: k.StateDir(), Header: k.Header, User: u, Restart: st.ViewComplete, OldNix: oldNix}
 	secrets := auth.apply(&req)
 
 	ns, err := existingNamespace(k.Keep)
@@ -189,34 +189,34 @@ func NixSupports(major, minor int) bool {
 // CheckNix reports whether a keep can be served here: a nix-daemon that is new
 // enough, and the system's own.
 func CheckNix() error {
-	_, err := checkNix()
+	_, _, err := checkNix()
 	return err
 }
 
 // checkNix finds a nix-daemon that can serve a keep, and the system's own.
-func checkNix() (string, error) {
+func checkNix() (path string, old bool, err error) {
 	p, err := FindProgram("nix-daemon")
 	if err != nil {
-		return "", errorf(CodeNoNix, "nix-daemon", "no nix-daemon found in %v", NixPath)
+		return "", false, errorf(CodeNoNix, "nix-daemon", "no nix-daemon found in %v", NixPath)
 	}
 	out, err := exec.Command(p, "--version").Output()
 	major, minor, ok := NixVersion(string(out))
 	if err != nil || !ok {
-		return "", errorf(CodeNoNix, p, "%q did not tell its version", p)
+		return "", false, errorf(CodeNoNix, p, "%q did not tell its version", p)
 	}
 	if !NixSupports(major, minor) {
-		return "", errorf(CodeNoNix, p, "Nix %d.%d at %q is too old: the local-overlay store came with %d.%d", major, minor, p, minNix[0], minNix[1])
+		return "", false, errorf(CodeNoNix, p, "Nix %d.%d at %q is too old: the local-overlay store came with %d.%d", major, minor, p, minNix[0], minNix[1])
 	}
 	sock := filepath.Join(layout.NixDaemonSocket, "socket")
 	if fi, err := os.Stat(sock); err != nil || fi.Mode()&os.ModeSocket == 0 {
-		return "", errorf(CodeNoNix, sock, "the system's nix-daemon has no socket at %q", sock)
+		return "", false, errorf(CodeNoNix, sock, "the system's nix-daemon has no socket at %q", sock)
 	}
 	conn, err := net.DialTimeout("unix", sock, time.Second)
 	if err != nil {
-		return "", errorf(CodeNoNix, sock, "nobody answers for the system's nix-daemon at %q", sock)
+		return "", false, errorf(CodeNoNix, sock, "nobody answers for the system's nix-daemon at %q", sock)
 	}
 	conn.Close()
-	return p, nil
+	return p, major == 2 && minor < 27, nil
 }
 
 // startSupervisor starts the process that serves the view, and waits until the
