@@ -253,7 +253,7 @@ func noEmptyWord(cmd *cobra.Command, args []string) error {
 	if cmd.Name() == cobra.ShellCompRequestCmd || cmd.Name() == cobra.ShellCompNoDescRequestCmd {
 		return nil // an empty word is what is to be completed
 	}
-	if n := cmd.ArgsLenAtDash(); n >= 0 {
+	if n := cmd.ArgsLenAtDash(); n >= 0 && cmd.Name() == "run" {
 		args = args[:n] // what follows is a command of the user's
 	}
 	if slices.Contains(args, "") {

@@ -21,6 +21,7 @@ type initOptions struct {
 	backend     string
 	size        size
 	sizeGiven   bool
+	imageGiven  bool
 	onImage     string
 	preallocate bool
 	workDir     string
@@ -59,7 +60,7 @@ with --on-image FILE the keep brings its own.`,
   pass show keep | sudo overkeep init alice --passphrase-fd 0 --recovery-out /media/stick/alice.txt`,
 		Args: a.args(0, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			o.name, o.sizeGiven = first(args), cmd.Flags().Changed("size")
+			o.name, o.sizeGiven, o.imageGiven = first(args), cmd.Flags().Changed("size"), cmd.Flags().Changed("on-image")
 			return runInit(cmd.Context(), a, o)
 		},
 	}, exitUnsupported, exitExists, exitNotRoot, exitAborted, exitNoSpace)
@@ -83,6 +84,8 @@ func (o *initOptions) check(a *app) error {
 	switch {
 	case o.backend != string(volume.Image) && o.backend != string(volume.Dir):
 		return usagef("--backend is image or dir, not %q", o.backend).meant(setFlag(a.line, "backend", "image")...)
+	case o.imageGiven && o.onImage == "":
+		return usagef("--on-image was given, but the name of the file is empty")
 	case o.backend == string(volume.Dir) && o.onImage == "" && o.sizeGiven:
 		return usagef("a keep of the back-end dir has no size of its own").meant(without(a.line, "size")...)
 	case o.size < keep.MinSize:

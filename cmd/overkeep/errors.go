@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os/user"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -14,6 +15,9 @@ import (
 	"overkeep/overlay/layout"
 	"overkeep/systemd/keep"
 )
+
+// uidInMessage finds the number of a keep's user in an error of systemd/keep.
+var uidInMessage = regexp.MustCompile(`uid (\d+)`)
 
 // problem is an error as it is shown: what went wrong, and what to do about it.
 type problem struct {
@@ -170,7 +174,7 @@ func remedies(e *keep.Error, h here) []remedy {
 			return []remedy{{"Mend the settings:", "sudoedit " + quoteWord(e.Name)}}
 		case filepath.IsAbs(e.Name):
 			rs = append(rs, remedy{"See what it is:", "ls -ld " + quoteWord(e.Name)})
-		case e.Name != "" && k != "" && len(h.verb) > 0 && (h.verb[0] == "unlock" || h.verb[0] == "key"):
+		case e.Name != "" && k != "" && k != e.Name && len(h.verb) > 0 && (h.verb[0] == "unlock" || h.verb[0] == "key"):
 			rs = append(rs, remedy{"The slots there are:", h.command("key", "list", k)})
 		}
 		return append(rs, helpRemedy(h))
@@ -240,8 +244,11 @@ func remedies(e *keep.Error, h here) []remedy {
 		return []remedy{{"Nobody asked for that much: treat the slot as planted. Open the keep with the recovery key:", h.command("unlock", k, "--recovery")}}
 
 	case keep.CodeForeign:
-		if strings.Contains(e.Message, "does not exist here") {
-			return []remedy{{"Its user must exist here, with the same number as then (it is in the message):", sudo(h, "useradd --create-home --uid UID "+quoteWord(e.Name))}}
+		if m := uidInMessage.FindStringSubmatch(e.Message); m != nil {
+			if strings.Contains(e.Message, "does not exist here") {
+				return []remedy{{"Its user must exist here, with the same number as then:", sudo(h, "useradd --create-home --uid "+m[1]+" "+quoteWord(e.Name))}}
+			}
+			return []remedy{{"Give the user the number of then:", sudo(h, "usermod --uid "+m[1]+" "+quoteWord(e.Name))}}
 		}
 		return []remedy{{"What the keep's header says of its user and place:", sudo(h, "cat "+quoteWord(filepath.Join(layout.StateRoot(rootOr(h)), k, "keep.json")))}}
 

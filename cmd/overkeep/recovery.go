@@ -98,7 +98,10 @@ func (a *app) newConfirmer(ctx context.Context, file, keepName string) (*confirm
 func writeRecovery(dir *os.File, name, keepName, use string, key *secret.Bytes) (err error) {
 	fd, err := unix.Openat(int(dir.Fd()), name, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
 	if err != nil {
-		return &os.PathError{Op: "create", Path: filepath.Join(dir.Name(), name), Err: err}
+		if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+			return &os.PathError{Op: "create", Path: filepath.Join(dir.Name(), name), Err: err}
+		}
+		return usagef("--recovery-out: %q cannot be made: %s", filepath.Join(dir.Name(), name), err)
 	}
 	f := os.NewFile(uintptr(fd), filepath.Join(dir.Name(), name))
 	defer func() {

@@ -88,6 +88,8 @@ func Classify(err error) *Error {
 		vcbusy  *view.BusyError
 		mp      *view.MountPointError
 		name    *layout.NameError
+		hpolicy *holder.PolicyError
+		hpoint  *holder.MountPointError
 		option  *view.OptionError
 		slotErr *slot.SlotError
 		ident   *slot.IdentityError
@@ -145,8 +147,14 @@ func Classify(err error) *Error {
 		out.Code, out.Name = CodeUsage, name.Name
 	case errors.Is(err, syscall.ENOTTY), errors.Is(err, syscall.EOPNOTSUPP):
 		out.Code, out.Missing = CodeUnsupported, "a call of the kernel (encryption keys came with Linux 5.4)"
+	case errors.As(err, &hpolicy):
+		out.Code, out.Missing = CodeUnsupported, "encryption policies of version 2 in the kernel"
+		out.Message = "the kernel does not know the encryption of the keep: " + out.Message
+	case errors.As(err, &hpoint):
+		out.Code, out.Name = CodeMountPoint, hpoint.Path
 	case errors.Is(err, syscall.EFBIG):
 		out.Code, out.Name = CodeUsage, "size"
+		out.Message = "the size is more than a file can have: " + out.Message
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
 		out.Code = CodeNoSpace
 	case errors.Is(err, fs.ErrPermission) && syscall.Geteuid() != 0:

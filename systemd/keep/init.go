@@ -11,6 +11,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"overkeep/crypt/crashpoint"
 	"overkeep/crypt/secret"
 	"overkeep/crypt/slot"
@@ -109,6 +111,10 @@ func checkNewFile(path string) error {
 	if !errors.Is(err, os.ErrNotExist) {
 		return errorf(CodeUsage, path, "--on-image %q: %w", path, err)
 	}
+	var fs unix.Statfs_t
+	if unix.Statfs(filepath.Dir(path), &fs) == nil && fs.Blocks == 0 {
+		return errorf(CodeUsage, path, "--on-image %q: no file can be made there", path)
+	}
 	if fi, err := os.Stat(filepath.Dir(path)); err != nil || !fi.IsDir() {
 		return errorf(CodeUsage, path, "--on-image %q: there is no directory %q", path, filepath.Dir(path))
 	}
@@ -158,7 +164,10 @@ func (m *Manager) probe(k layout.Keep) error {
 		return errorf(CodeNoSpace, dir, "no space left on the file system of %q", dir)
 	}
 	if r.Answer == volume.Unsure {
-		return errorf(CodeInternal, dir, "could not tell whether the file system of %q can encrypt: %s", dir, r.Missing)
+		if os.Geteuid() != 0 {
+			return requireRoot()
+		}
+		return errorf(CodeUnsupported, dir, "could not tell whether the file system of %q can encrypt: %s", dir, r.Missing)
 	}
 	e := errorf(CodeUnsupported, dir, "the file system of %q cannot encrypt: %s", dir, r.Missing)
 	e.Missing, e.Remedy = r.Missing, r.Remedy

@@ -104,6 +104,9 @@ func (k *Keep) lock(ctx context.Context, mode LockMode) (*LockResult, error) {
 	crashpoint.At("lock.close")
 	var closed closeResult
 	if _, err := k.m.child(ctx, "close", req, childOptions{ns: ns, event: event}, &closed); err != nil {
+		if !pinned {
+			removeRunDirs(k.Keep) // what this call made; anything in use stays
+		}
 		return nil, err
 	}
 	result.Already = closed.Already && !pinned
@@ -239,10 +242,22 @@ func newLocker(c *call) (*locker, error) {
 	return l, nil
 }
 
-// describe says what is to be freed, by the mounts of the namespace this process
+// describe is describeOnce, again when a mount point was moved meanwhile.
+func (l *locker) describe() (err error) {
+	var moved *holder.MountPointError
+	for range 50 {
+		if err = l.describeOnce(); !errors.As(err, &moved) {
+			return err
+		}
+		time.Sleep(time.Millisecond)
+	}
+	return err
+}
+
+// describeOnce says what is to be freed, by the mounts of the namespace this process
 // lives in. They go one by one, so the first description is kept for whoever has
 // to finish the lock.
-func (l *locker) describe() error {
+func (l *locker) describeOnce() error {
 	self, err := os.Open("/proc/self/ns/mnt")
 	if err != nil {
 		return err
