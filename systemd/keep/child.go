@@ -343,6 +343,12 @@ func privateNamespace() (*view.Namespace, error) {
 func existingNamespace(k layout.Keep) (*view.Namespace, error) {
 	ns, err := view.OpenNamespace(k.Namespace())
 	if errors.Is(err, os.ErrNotExist) {
+		// The pin may have been taken away under a view that is still served.
+		if pid := supervisorPID(k); pid != 0 {
+			if ns, err := view.OpenNamespace(fmt.Sprintf("/proc/%d/ns/mnt", pid)); err == nil {
+				return ns, nil
+			}
+		}
 		return nil, nil
 	}
 	if errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {

@@ -423,7 +423,8 @@ func (l *locker) own() map[int]bool {
 	return own
 }
 
-// workersOnly reports whether all holders are children of our idle daemon.
+// workersOnly reports whether all holders are children of our idle daemon, or
+// processes that are just ending: those have no command line any more.
 func (l *locker) workersOnly(hs []holder.Holder) bool {
 	workers := map[int]bool{}
 	for pid := range l.own() {
@@ -431,7 +432,9 @@ func (l *locker) workersOnly(hs []holder.Holder) bool {
 			workers[c] = true
 		}
 	}
-	return !slices.ContainsFunc(hs, func(h holder.Holder) bool { return !workers[h.PID] })
+	return !slices.ContainsFunc(hs, func(h holder.Holder) bool {
+		return h.PID == 0 || !workers[h.PID] && !strings.HasPrefix(h.Command, "[")
+	})
 }
 
 // stopSupervisor refuses new work and ends the supervisor. With workers left it

@@ -8,6 +8,7 @@ import (
 	"regexp"
 	"sort"
 	"strings"
+	"time"
 
 	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
@@ -151,6 +152,10 @@ func outsideView() error {
 	return nil
 }
 
+// runGrace is how long a command waits for others on the same keep: long enough
+// for runs that are about to exec, not for another command's work.
+const runGrace = 2 * time.Second
+
 // flock takes the run lock file, which stays for good: removing a lock file lets
 // two holders lock two files.
 func flock(k layout.Keep, how int) (release func(), err error) {
@@ -168,7 +173,13 @@ func flock(k layout.Keep, how int) (release func(), err error) {
 	case err != nil:
 		return nil, classified(err)
 	}
-	if err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB); err != nil {
+	err = unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
+	// A run that is just starting holds it for a moment.
+	for until := time.Now().Add(runGrace); err == unix.EWOULDBLOCK && how == unix.LOCK_EX && time.Now().Before(until); {
+		time.Sleep(runGrace / 200)
+		err = unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
+	}
+	if err != nil {
 		f.Close()
 		return nil, errorf(CodeBusyRun, k.Name, "another overkeep command is working on keep %q", k.Name)
 	}
