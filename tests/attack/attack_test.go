@@ -135,7 +135,9 @@ func TestOpenKeep(t *testing.T) {
 		}
 	})
 	t.Run("from inside the view", func(t *testing.T) {
-		for _, c := range []string{"unlock alice", "lock alice", "run alice -- true", "init --user bob"} {
+		k.MustOverkeep(t, 0, fixture.Passphrase, "init", "--user", "bob", "--size", "64M", "--work-factor", "12",
+			"--passphrase-fd", "0", "--recovery-out", "/run/bob.txt", "--yes")
+		for _, c := range []string{"unlock bob --identity /run/bob.txt", "lock alice", "run alice -- true", "init third --user bob"} {
 			out, err := k.Run("root", "overkeep run alice --as-root -- overkeep "+c+" </dev/null")
 			if fixture.Code(err) != 2 {
 				t.Errorf("overkeep %s inside a view: %v %s", c, err, out)
@@ -162,7 +164,7 @@ func TestOpenKeep(t *testing.T) {
 		}
 		absent(t, k, "torn-private")
 	})
-	k.Lock(t)
+	k.Lock(t, "alice")
 	absent(t, k, "private")
 }
 
