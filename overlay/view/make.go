@@ -31,8 +31,10 @@ func (e *MountPointError) Error() string {
 // Make carries out list in the calling process's mount namespace. When one
 // mount fails those made before it are undone, and the error names the one.
 func Make(list []Mount, u User) error {
-	if err := checkHome(u); err != nil {
-		return err
+	if slices.ContainsFunc(list, func(m Mount) bool { return m.AsUser }) {
+		if err := checkHome(u); err != nil {
+			return err
+		}
 	}
 	mounts, err := table()
 	if err != nil {
