@@ -67,7 +67,10 @@ func Describe(view *os.File, points []string, outside ...string) (Target, error)
 // describe adds the mount at point, seen by the calling thread, to t.
 func (t *Target) describe(point string, mounts []mount) error {
 	f, err := openAt(unix.AT_FDCWD, point, unix.O_PATH|unix.O_NOFOLLOW)
-	if err != nil {
+	switch {
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENOTDIR), errors.Is(err, unix.ELOOP):
+		return &MountPointError{point} // who owns a directory above it has moved it
+	case err != nil:
 		return &os.PathError{Op: "open", Path: point, Err: err}
 	}
 	defer f.Close()

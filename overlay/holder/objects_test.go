@@ -407,7 +407,12 @@ func TestDescribe(t *testing.T) {
 	if _, err := Describe(b.view, []string{b.keep + "/home"}); !errors.As(err, &me) || me.Path != b.keep+"/home" {
 		t.Errorf("got %v, want *MountPointError", err)
 	}
-	if _, err := Describe(b.view, []string{b.dir + "/none"}); !errors.Is(err, os.ErrNotExist) {
+	for _, point := range []string{b.dir + "/none", b.dir + "/none/deeper"} { // moved away: the caller looks again
+		if _, err := Describe(b.view, []string{point}); !errors.As(err, &me) || me.Path != point {
+			t.Errorf("got %v, want *MountPointError", err)
+		}
+	}
+	if _, err := Describe(b.view, nil, b.dir+"/none"); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("got %v, want not exist", err)
 	}
 	key := b.target.Trees[0].Key

@@ -237,6 +237,7 @@ func (c *call) populate(epoch uint64) error {
 		// Made now, so that a full keep can still be collected.
 		{k.NixState() + "/gc-socket", 0o755, 0, 0},
 		{k.NixState() + "/temproots", 0o755, 0, 0},
+		{k.NixState() + "/gcroots", 0o755, 0, 0},
 		{k.Log(), 0o755, 0, 0},
 		{k.Builds(), 0o755, 0, 0},
 		{k.DaemonHome(), 0o700, 0, 0},
@@ -256,6 +257,12 @@ func (c *call) populate(epoch uint64) error {
 		if err := unix.Chmod(d.path, uint32(d.mode.Perm())|stickyBit(d.mode)); err != nil {
 			return err
 		}
+	}
+	// Nix makes this link when it finds no gcroots, and fails when two of its processes
+	// do so at once (local-store.cc): the first two commands in a new keep would.
+	profiles := k.NixState() + "/gcroots/profiles"
+	if err := os.Symlink(k.NixState()+"/profiles", profiles); err != nil && !errors.Is(err, os.ErrExist) {
+		return err
 	}
 	return c.writeInner(epoch)
 }
