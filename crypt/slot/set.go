@@ -200,21 +200,34 @@ func (s *Set) Confirm() (*Set, error) {
 	return n, nil
 }
 
+// Lengths are checked beside them: a counted repetition is compiled to as many
+// copies, at every start of the program.
 var (
-	nameRE      = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)
-	featureRE   = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,62}$`)
-	keepIDRE    = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
-	protectorRE = regexp.MustCompile(`^[0-9a-f]{16}$`)
-	policyRE    = regexp.MustCompile(`^[0-9a-f]{32}$`)
-	sha256RE    = regexp.MustCompile(`^[0-9a-f]{64}$`)
+	nameRE    = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]*$`)
+	featureRE = regexp.MustCompile(`^[a-z0-9][a-z0-9-]*$`)
+	keepIDRE  = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]*$`)
+	hexRE     = regexp.MustCompile(`^[0-9a-f]+$`)
 )
+
+const (
+	maxName       = 63 // bytes, of slots and of features
+	maxKeepID     = 128
+	protectorSize = 16 // hexadecimal digits
+	policySize    = 32
+	sha256Size    = 64
+)
+
+func isName(s string) bool          { return len(s) <= maxName && nameRE.MatchString(s) }
+func isFeature(s string) bool       { return len(s) <= maxName && featureRE.MatchString(s) }
+func isKeepID(s string) bool        { return len(s) <= maxKeepID && keepIDRE.MatchString(s) }
+func isHex(s string, size int) bool { return len(s) == size && hexRE.MatchString(s) }
 
 const suffix = ".age"
 
 // CheckName says whether name may name a slot.
 func CheckName(name string) error {
 	// With the suffix, so that "a." is refused as well.
-	if !nameRE.MatchString(name) || strings.Contains(name+suffix, "..") {
+	if !isName(name) || strings.Contains(name+suffix, "..") {
 		return formatf("slot name %s", quote(name))
 	}
 	return nil
@@ -250,7 +263,7 @@ func (s *Set) check() error {
 		return formatf("%d features, at most %d are allowed", len(s.Features), maxFeatures)
 	}
 	for i, f := range s.Features {
-		if !featureRE.MatchString(f) {
+		if !isFeature(f) {
 			return formatf("feature %s", quote(f))
 		}
 		if i > 0 && s.Features[i-1] >= f {
@@ -261,11 +274,11 @@ func (s *Set) check() error {
 		}
 	}
 	switch {
-	case !keepIDRE.MatchString(s.KeepID):
+	case !isKeepID(s.KeepID):
 		return formatf("keep id %s", quote(s.KeepID))
-	case !protectorRE.MatchString(s.Protector):
+	case !isHex(s.Protector, protectorSize):
 		return formatf("protector %s is not 16 hex digits", quote(s.Protector))
-	case !policyRE.MatchString(s.Policy):
+	case !isHex(s.Policy, policySize):
 		return formatf("policy %s is not 32 hex digits", quote(s.Policy))
 	case len(s.Slots) == 0:
 		return formatf("no slot")

@@ -76,7 +76,7 @@ func parse(b []byte) (*Set, error) {
 		Binding: Binding{KeepID: w.KeepID, Protector: w.Protector, Policy: w.Policy},
 		Epoch:   w.Epoch, Confirmed: w.Confirmed,
 	}
-	if !sha256RE.MatchString(w.MAC) {
+	if !isHex(w.MAC, sha256Size) {
 		return nil, formatf("mac %s is not 64 hex digits", quote(w.MAC))
 	}
 	s.MAC, _ = hex.DecodeString(w.MAC)
@@ -85,7 +85,7 @@ func parse(b []byte) (*Set, error) {
 		if err != nil || t.Format(timeLayout) != x.Created {
 			return nil, formatf("slot created %s", quote(x.Created))
 		}
-		if !sha256RE.MatchString(x.SHA256) {
+		if !isHex(x.SHA256, sha256Size) {
 			return nil, formatf("sha256 %s is not 64 hex digits", quote(x.SHA256))
 		}
 		s.Slots = append(s.Slots, Slot{x.Name, x.Kind, x.Role, t, x.Label, x.SHA256})
@@ -116,7 +116,7 @@ func judgeVersion(b []byte) error {
 		if err := json.Unmarshal(raw, &f); err != nil {
 			return &FormatError{Err: err}
 		}
-		if featureRE.MatchString(f) && !slices.Contains(features, f) {
+		if isFeature(f) && !slices.Contains(features, f) {
 			return &FeatureError{f}
 		}
 	}

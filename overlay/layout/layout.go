@@ -36,7 +36,7 @@ func (e *NameError) Error() string { return fmt.Sprintf("%s %q %s", e.What, e.Na
 // (local-overlay-store.cc, "check-mount"), so both are kept to letters that
 // mean themselves everywhere.
 var (
-	keepName = regexp.MustCompile(`^[a-z0-9_][a-z0-9_.-]{0,31}$`)
+	keepName = regexp.MustCompile(`^[a-z0-9_][a-z0-9_.-]*$`)
 	rootPath = regexp.MustCompile(`^/[A-Za-z0-9/_.-]*$`)
 )
 
@@ -57,7 +57,7 @@ func New(root, name string) (Keep, error) {
 	if err != nil {
 		return Keep{}, err
 	}
-	if !keepName.MatchString(name) || name == "." || name == ".." {
+	if len(name) > 32 || !keepName.MatchString(name) || name == "." || name == ".." {
 		return Keep{}, &NameError{"keep", name, "is not a name: up to 32 of a-z 0-9 _ . -, not beginning with . or -"}
 	}
 	return Keep{Root: root, Name: name}, nil

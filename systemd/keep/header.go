@@ -53,7 +53,7 @@ type innerHeader struct {
 	Epoch  uint64 `json:"epoch"`
 }
 
-var hexID = regexp.MustCompile(`^[0-9a-f]{32}$`)
+var hexID = regexp.MustCompile(`^[0-9a-f]+$`)
 
 func newID() string {
 	var b [16]byte
@@ -75,7 +75,7 @@ func (h *Header) check(name string) error {
 		return bad("user %q cannot be one", h.User)
 	case h.FSImage != "" && (!filepath.IsAbs(h.FSImage) || filepath.Clean(h.FSImage) != h.FSImage || strings.ContainsRune(h.FSImage, 0)):
 		return bad("file %q of its file system is not a clean absolute path", h.FSImage)
-	case !hexID.MatchString(h.ID):
+	case len(h.ID) != 32 || !hexID.MatchString(h.ID):
 		return bad("id %q is not 32 hex digits", h.ID)
 	case h.User == "" || h.UID <= 0:
 		return bad("no user")
@@ -83,13 +83,13 @@ func (h *Header) check(name string) error {
 		return bad("unknown back-end %q", h.Backend)
 	case h.Size < 0:
 		return bad("size %d", h.Size)
-	case h.WorkDir != "" && !plainName.MatchString(h.WorkDir):
+	case h.WorkDir != "" && (len(h.WorkDir) > 64 || !plainName.MatchString(h.WorkDir)):
 		return bad("work directory %q is not a plain name", h.WorkDir)
 	}
 	return nil
 }
 
-var plainName = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$`)
+var plainName = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]*$`)
 
 // readSmall reads a regular file of at most max bytes without following a last
 // symlink or blocking on a FIFO.
