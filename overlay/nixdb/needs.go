@@ -1,9 +1,12 @@
 package nixdb
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"iter"
 	"os"
 	"path/filepath"
 	"strings"
@@ -101,15 +104,17 @@ func ownEntries(dir string) (entries, error) {
 		return e, fmt.Errorf("read the upper directory: %w", err)
 	}
 	for _, l := range list {
-		if strings.HasPrefix(l.Name(), ".") {
-			continue // .links and the like are no store paths
-		}
-		// A whiteout is a character device 0/0; Nix makes no devices.
-		if l.Type()&os.ModeCharDevice == 0 {
+		if storeEntry(l) {
 			e.names[l.Name()] = true
 		}
 	}
 	return e, nil
+}
+
+// storeEntry tells what can be a store path: not .links and the like, nor a
+// whiteout, which is a character device 0/0; Nix makes no devices.
+func storeEntry(l os.DirEntry) bool {
+	return !strings.HasPrefix(l.Name(), ".") && l.Type()&os.ModeCharDevice == 0
 }
 
 // has reports whether name is the keep's own.
@@ -117,7 +122,11 @@ func (e entries) has(name string) (bool, error) {
 	if !e.names[name] {
 		return false, nil
 	}
-	_, err := unix.Lgetxattr(filepath.Join(e.dir, name), originAttr, nil)
+	return notCopied(e.dir, name)
+}
+
+func notCopied(dir, name string) (bool, error) {
+	_, err := unix.Lgetxattr(filepath.Join(dir, name), originAttr, nil)
 	switch {
 	case err == nil, errors.Is(err, unix.ENOENT): // copied up; gone meanwhile
 		return false, nil
@@ -125,5 +134,54 @@ func (e entries) has(name string) (bool, error) {
 		return true, nil
 	}
 	// The error's path would be a personal name.
-	return false, fmt.Errorf("read an attribute in %q: %w", e.dir, err)
+	return false, fmt.Errorf("read an attribute in %q: %w", dir, err)
 }
+
+// Upper is what lies in a keep's upper directory, by one reading of it.
+type Upper struct {
+	dir   string
+	names []byte // each ends with a slash
+}
+
+// ReadUpper reads the directory. Read the database first: Nix moves a path into
+// place and then registers it, so a row that was seen has its entry.
+func ReadUpper(dir string) (*Upper, error) {
+	u := &Upper{dir: dir}
+	d, err := os.Open(dir)
+	if err != nil {
+		return nil, fmt.Errorf("read the upper directory: %w", err)
+	}
+	defer d.Close()
+	for {
+		list, err := d.ReadDir(1024)
+		for _, l := range list {
+			if n := l.Name(); storeEntry(l) {
+				u.names = append(append(u.names, n...), '/')
+			}
+		}
+		if errors.Is(err, io.EOF) {
+			return u, nil
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read the upper directory: %w", err)
+		}
+	}
+}
+
+// Names yields every name in it that is no whiteout, in no order. What a name
+// stands for may still have been copied up from the lower: see Own.
+func (u *Upper) Names() iter.Seq[[]byte] {
+	return func(yield func([]byte) bool) {
+		for rest := u.names; len(rest) > 0; {
+			name, after, _ := bytes.Cut(rest, []byte{'/'})
+			if !yield(name) {
+				return
+			}
+			rest = after
+		}
+	}
+}
+
+// Own reports whether a name of Names is the keep's own and was not copied up. It
+// asks the file system; only what the lower has, too, can have been copied up.
+func (u *Upper) Own(name string) (bool, error) { return notCopied(u.dir, name) }

@@ -70,16 +70,7 @@ type PathInfo struct {
 
 // Open opens the database file (…/db/db.sqlite) for reading.
 func Open(ctx context.Context, path string) (*DB, error) {
-	st, err := os.Stat(path)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return nil, fmt.Errorf("%q: %w", path, ErrMissing)
-	case err != nil:
-		return nil, fmt.Errorf("%w: %w", ErrUnreadable, err)
-	case !st.Mode().IsRegular():
-		return nil, fmt.Errorf("%q is not a regular file: %w", path, ErrCorrupt)
-	}
-	abs, err := filepath.Abs(path)
+	abs, err := checkFile(path)
 	if err != nil {
 		return nil, err
 	}
@@ -96,15 +87,30 @@ func Open(ctx context.Context, path string) (*DB, error) {
 	return d, nil
 }
 
+// checkFile judges the file and the schema file beside it, if there is one, and
+// returns the absolute path. It opens no database.
+func checkFile(path string) (abs string, err error) {
+	st, err := os.Stat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return "", fmt.Errorf("%q: %w", path, ErrMissing)
+	case err != nil:
+		return "", fmt.Errorf("%w: %w", ErrUnreadable, err)
+	case !st.Mode().IsRegular():
+		return "", fmt.Errorf("%q is not a regular file: %w", path, ErrCorrupt)
+	}
+	b, err := os.ReadFile(filepath.Join(filepath.Dir(path), "schema"))
+	if err == nil && strings.TrimSpace(string(b)) != schema {
+		return "", fmt.Errorf("%q: %w", path, ErrSchema)
+	}
+	return filepath.Abs(path)
+}
+
 // Close closes the database.
 func (d *DB) Close() error { return d.db.Close() }
 
-// check compares the schema file, if there is one, and the tables used here.
+// check compares the tables used here.
 func (d *DB) check(ctx context.Context) error {
-	b, err := os.ReadFile(filepath.Join(filepath.Dir(d.path), "schema"))
-	if err == nil && strings.TrimSpace(string(b)) != schema {
-		return fmt.Errorf("%q: %w", d.path, ErrSchema)
-	}
 	for _, q := range []string{
 		"select id, path, hash, registrationTime, deriver, narSize, ultimate, sigs, ca from ValidPaths limit 1",
 		"select referrer, reference from Refs limit 1",
@@ -127,9 +133,14 @@ func (d *DB) wrap(err error) error {
 	if err == nil || !errors.As(err, &se) {
 		return err
 	}
+	return wrapCode(d.path, int(se.Code), err)
+}
+
+// wrapCode gives an error its type by SQLite's result code, primary or extended.
+func wrapCode(path string, code int, err error) error {
 	kind := error(nil)
-	switch se.Code {
-	case sqlite3.ErrCorrupt, sqlite3.ErrNotADB:
+	switch sqlite3.ErrNo(code & 0xff) {
+	case sqlite3.ErrCorrupt, sqlite3.ErrNotADB, sqlite3.ErrTooBig:
 		kind = ErrCorrupt
 	case sqlite3.ErrError: // no such table, no such column
 		kind = ErrSchema
@@ -138,9 +149,9 @@ func (d *DB) wrap(err error) error {
 	case sqlite3.ErrCantOpen, sqlite3.ErrReadonly, sqlite3.ErrPerm, sqlite3.ErrIoErr, sqlite3.ErrAuth:
 		kind = ErrUnreadable
 	default:
-		return fmt.Errorf("%q: %w", d.path, err)
+		return fmt.Errorf("%q: %w", path, err)
 	}
-	return fmt.Errorf("%q: %w: %w", d.path, kind, err)
+	return fmt.Errorf("%q: %w: %w", path, kind, err)
 }
 
 // rows calls each for every row of a query.

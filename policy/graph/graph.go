@@ -4,7 +4,8 @@
 // It promises: plain columns indexed by dense ids, nothing that points anywhere
 // (one million paths with ten million references are some 150 MiB), and no
 // knowledge of files, SQLite or the kernel. Whoever has the facts fills the
-// columns through a Builder; package policy reads them.
+// columns, or has a Builder do it for a small graph; package policy reads them,
+// after Validate has found nothing that could make it read past an end.
 //
 // A path may refer to itself, and references may form cycles: Nix registers both
 // (nix-store --register-validity), so nothing here assumes an acyclic graph.
@@ -12,6 +13,11 @@
 // Do not use it for what only a listing needs (NAR hashes, registration times,
 // signatures as text): that stays in the database.
 package graph
+
+import (
+	"bytes"
+	"math/bits"
+)
 
 // ID is the dense number of a path: 0 to Graph.Len()-1.
 type ID = int32
@@ -87,8 +93,10 @@ type Graph struct {
 	OutOff []uint32
 	Outs   []ID
 
-	// Keys are the names of the declared keys; Signed has a bit set per key, set
-	// where a signature by that key was verified.
+	// Keys are the declared keys in full, NAME:BASE64 as in nix.conf's
+	// trusted-public-keys (policy.Key.String): a name alone would let a policy with
+	// another key of the same name use these answers. Signed has a bit set per key,
+	// set where a signature by that key was verified.
 	Keys   []string
 	Signed []Bits
 
@@ -119,6 +127,16 @@ func (g *Graph) Len() int { return len(g.Flags) }
 // BaseName is HASH-NAME of a path; it is part of the graph and must not be changed.
 func (g *Graph) BaseName(id ID) []byte { return g.Base[g.BaseOff[id]:g.BaseOff[id+1]] }
 
+// HashLen is the length of the hash in a base name; a dash and the name follow.
+const HashLen = 32
+
+// Name is a base name without its hash; part of the graph.
+func (g *Graph) Name(id ID) []byte { return g.Base[g.BaseOff[id]+HashLen+1 : g.BaseOff[id+1]] }
+
+// IsDerivation reports whether a path is a derivation, by its name: for Nix that
+// is what makes one (StorePath::isDerivation).
+func (g *Graph) IsDerivation(id ID) bool { return bytes.HasSuffix(g.Name(id), []byte(".drv")) }
+
 // Path is the whole store path.
 func (g *Graph) Path(id ID) string { return g.StoreDir + "/" + string(g.BaseName(id)) }
 
@@ -127,3 +145,21 @@ func (g *Graph) References(id ID) []ID { return g.Refs[g.RefOff[id]:g.RefOff[id+
 
 // Outputs are the outputs of a derivation that the graph has; part of the graph.
 func (g *Graph) Outputs(id ID) []ID { return g.Outs[g.OutOff[id]:g.OutOff[id+1]] }
+
+// Each calls f with every id of the set, in order.
+func (b Bits) Each(f func(ID)) {
+	for i, w := range b {
+		for ; w != 0; w &= w - 1 {
+			f(ID(i*64 + bits.TrailingZeros64(w)))
+		}
+	}
+}
+
+// Count is the number of ids in the set.
+func (b Bits) Count() int {
+	n := 0
+	for _, w := range b {
+		n += bits.OnesCount64(w)
+	}
+	return n
+}

@@ -1,0 +1,86 @@
+package graph
+
+import "bytes"
+
+// Names finds paths by their base name. It is an index over one graph, 8 bytes a
+// path, for what joins two graphs or takes names from a person.
+type Names struct {
+	g    *Graph
+	slot []ID // open addressing, NoID is free; a power of two
+}
+
+// NewNames indexes a valid graph. Of two paths with one base name (a graph should
+// not have them) it keeps the first.
+func NewNames(g *Graph) *Names {
+	size := 4
+	for size < 2*g.Len() {
+		size *= 2
+	}
+	n := &Names{g, make([]ID, size)}
+	for i := range n.slot {
+		n.slot[i] = NoID
+	}
+	for id := range ID(g.Len()) {
+		if at, found := n.probe(g.BaseName(id)); !found {
+			n.slot[at] = id
+		}
+	}
+	return n
+}
+
+// Find is the id of a base name (HASH-NAME), NoID if the graph does not have it.
+func (n *Names) Find(base []byte) ID {
+	if at, found := n.probe(base); found {
+		return n.slot[at]
+	}
+	return NoID
+}
+
+func (n *Names) probe(base []byte) (at uint32, found bool) {
+	mask := uint32(len(n.slot) - 1)
+	h := uint32(2166136261) // FNV-1a
+	for _, c := range base {
+		h = (h ^ uint32(c)) * 16777619
+	}
+	for at = (h ^ h>>15) & mask; n.slot[at] != NoID; at = (at + 1) & mask {
+		if bytes.Equal(n.g.BaseName(n.slot[at]), base) {
+			return at, true
+		}
+	}
+	return at, false
+}
+
+// Reverse are the arrows of a graph the other way round: who points at a path.
+type Reverse struct {
+	Off  []uint32
+	From []ID
+}
+
+// NewReverse turns the references of a valid graph round: 4 bytes a reference.
+func NewReverse(g *Graph) *Reverse { return turn(g.Len(), g.RefOff, g.Refs) }
+
+// NewMakers turns the outputs of a valid graph round: which derivations name a
+// path as their output.
+func NewMakers(g *Graph) *Reverse { return turn(g.Len(), g.OutOff, g.Outs) }
+
+func turn(n int, off []uint32, to []ID) *Reverse {
+	r := &Reverse{make([]uint32, n+1), make([]ID, len(to))}
+	for _, t := range to {
+		r.Off[t+1]++
+	}
+	for i := range n {
+		r.Off[i+1] += r.Off[i]
+	}
+	for from := range n {
+		for _, t := range to[off[from]:off[from+1]] {
+			r.From[r.Off[t]] = ID(from)
+			r.Off[t]++
+		}
+	}
+	copy(r.Off[1:], r.Off[:n])
+	r.Off[0] = 0
+	return r
+}
+
+// To are the paths that point at one, itself included where it does.
+func (r *Reverse) To(id ID) []ID { return r.From[r.Off[id]:r.Off[id+1]] }
