@@ -3,6 +3,7 @@ package need
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -51,5 +52,28 @@ func TestProbesLeaveNothing(t *testing.T) {
 	left, err := os.ReadDir(tmp)
 	if err != nil || len(left) > 0 {
 		t.Errorf("files: %v, %v", left, err)
+	}
+}
+
+func TestData(t *testing.T) {
+	dir := t.TempDir()
+	t.Setenv("OVERKEEP_DATA", dir)
+	t.Setenv("CI", "true")
+	f := &fake{TB: t}
+	Data(f, "x")
+	if !strings.Contains(f.fatal, `"x"`) || f.skip != "" {
+		t.Errorf("missing in CI: %q %q", f.fatal, f.skip)
+	}
+	t.Setenv("CI", "false")
+	f = &fake{TB: t}
+	Data(f, "x")
+	if f.fatal != "" || f.skip == "" {
+		t.Errorf("missing elsewhere: %q %q", f.fatal, f.skip)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "x"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := Data(t, "x"); got != filepath.Join(dir, "x") {
+		t.Errorf("found %q", got)
 	}
 }
