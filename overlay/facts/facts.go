@@ -21,6 +21,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"runtime"
 
 	"overkeep/overlay/nixdb"
@@ -44,7 +45,7 @@ type Options struct {
 	StoreDir string // "/nix/store" if empty
 	Readers  int    // connections per database; 0: one per CPU, at most 4
 
-	// Keys are the names of the declared keys, at most 64, and Verifier tells
+	// Keys are the declared keys as in graph.Graph, at most 64, and Verifier tells
 	// which of them signed a path. Without keys no signature is read.
 	Keys     []string
 	Verifier Verifier
@@ -86,7 +87,8 @@ func Load(ctx context.Context, stores []Store, o Options) (*Loaded, error) {
 type Snapshot struct {
 	Loaded
 	o      Options
-	stores []*loading
+	seeds  [2]maphash.Seed
+	stores []*loading // the lower first
 }
 
 // Close ends the transactions. The graph lives on.
@@ -112,7 +114,7 @@ func Open(ctx context.Context, stores []Store, o Options) (_ *Snapshot, err erro
 	if len(o.Keys) > 64 {
 		return nil, fmt.Errorf("%d declared keys, more than 64", len(o.Keys))
 	}
-	s := &Snapshot{o: o}
+	s := &Snapshot{o: o, seeds: [2]maphash.Seed{maphash.MakeSeed(), maphash.MakeSeed()}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.Close())

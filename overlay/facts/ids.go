@@ -123,6 +123,25 @@ func (x *Index) find(hash uint64, base []byte) graph.ID {
 	}
 }
 
+// findHash finds a name by two hashes of it, under the index's own seed and
+// another, in place of its text: another name has both by chance once in 2^128,
+// and nobody outside knows the seeds.
+func (x *Index) findHash(h [2]uint64, second maphash.Seed) graph.ID {
+	mask := uint64(len(x.slots) - 1)
+	for i := h[0] & mask; ; i = (i + 1) & mask {
+		s := x.slots[i]
+		if s == 0 {
+			return graph.NoID
+		}
+		if s>>32 == h[0]>>32 {
+			there := graph.ID(uint32(s)) - 1
+			if b := x.g.BaseName(there); maphash.Bytes(second, b) == h[1] && x.hash(b) == h[0] {
+				return there
+			}
+		}
+	}
+}
+
 // Base finds HASH-NAME; NoID: the graph has no such path.
 func (x *Index) Base(base []byte) graph.ID { return x.find(x.hash(base), base) }
 

@@ -4,10 +4,13 @@ import (
 	"bytes"
 	"context"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"hash/maphash"
 	"math"
+	"runtime"
 	"sync"
+	"sync/atomic"
 
 	"overkeep/overlay/nixdb"
 	"overkeep/policy/graph"
@@ -30,27 +33,25 @@ type loading struct {
 	outputs []output
 }
 
+// output is a pair of ids.
 type output struct{ drv, out graph.ID }
 
 // chunk is what was read of a range of ids. Columns are by row.
 type chunk struct {
-	lo, hi   int64
-	ids      []int64
-	base     []byte
-	off      []uint32 // ends
-	hash     []uint64 // of the base, for the index
-	narSize  []int64
-	flags    []graph.Flags
-	deriver  []byte   // bases, in one piece
-	derOff   []uint32 // ends
-	derHash  []uint64
-	agree    []agree // where there are two databases
-	dropped  int
-	lastSeen int64
+	lo, hi  int64
+	row     int // number of the first row, in the database
+	ids     []int64
+	base    []byte
+	off     []uint32 // ends
+	narSize []int64
+	flags   []graph.Flags
+	deriver [][2]uint64 // the name's hashes; zero: none
+	agree   []agree     // where there are two databases
+	dropped int
 
-	refs  []int32 // rows that the referrers in lo to hi refer to
-	runs  []run   // whose they are
-	lacks []int32 // rows that refer to what is not there
+	refs  [][]int32 // rows that the referrers in lo to hi refer to, in blocks
+	runs  []run     // whose they are
+	lacks []int32   // rows that refer to what is not there
 }
 
 // run is how many references a row has.
@@ -68,10 +69,13 @@ type agree struct {
 // maxID is beyond any id that Nix can have come to.
 const maxID = 1 << 40
 
+// perChunk is how many ids a chunk is for, in a database without a million ids gone.
+const perChunk = 1 << 14
+
 // ranges cuts the ids into about as many ranges as there is work for.
 func (l *loading) ranges() {
-	const per, most = 1 << 14, 256
-	n := uint64(l.hi-l.lo)/per + 1
+	const most = 256
+	n := uint64(l.hi-l.lo)/perChunk + 1
 	if l.hi < l.lo {
 		return
 	}
@@ -93,42 +97,50 @@ func (l *loading) ranges() {
 // task is a piece of work for a reader of a database.
 type task func(ctx context.Context, reader int) error
 
-// perform runs the tasks of every database with all its readers at once, and returns
-// the first error.
-func (s *Snapshot) perform(ctx context.Context, tasks func(l *loading) []task) error {
+// eachChunk makes a task of every chunk.
+func (l *loading) eachChunk(f func(ctx context.Context, reader int, c *chunk) error) (tasks []task) {
+	for _, c := range l.chunks {
+		tasks = append(tasks, func(ctx context.Context, reader int) error { return f(ctx, reader, c) })
+	}
+	return tasks
+}
+
+// perform runs tasks with all readers of the database at once and returns the
+// first error.
+func (l *loading) perform(ctx context.Context, tasks []task) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	var next atomic.Int64
 	var wg sync.WaitGroup
-	for _, l := range s.stores {
-		queue := make(chan task)
-		all := tasks(l)
-		go func() {
-			defer close(queue)
-			for _, t := range all {
-				select {
-				case queue <- t:
-				case <-ctx.Done():
+	for reader := range l.snap.Readers() {
+		wg.Go(func() {
+			for ctx.Err() == nil {
+				i := int(next.Add(1)) - 1
+				if i >= len(tasks) {
 					return
 				}
-			}
-		}()
-		for reader := range l.snap.Readers() {
-			wg.Go(func() {
-				for t := range queue {
-					if err := t(ctx, reader); err != nil {
-						cancel(err)
-						return
-					}
+				if err := tasks[i](ctx, reader); err != nil {
+					cancel(err)
 				}
-			})
-		}
+			}
+		})
 	}
 	wg.Wait()
 	return context.Cause(ctx)
 }
 
+// together runs f for all databases at once.
+func (s *Snapshot) together(f func(l *loading) error) error {
+	errs := make([]error, len(s.stores))
+	var wg sync.WaitGroup
+	for i, l := range s.stores {
+		wg.Go(func() { errs[i] = f(l) })
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
 func (s *Snapshot) load(ctx context.Context) error {
-	seed := maphash.MakeSeed()
 	for _, l := range s.stores {
 		var err error
 		if l.lo, l.hi, err = l.snap.Bounds(ctx); err != nil {
@@ -137,24 +149,21 @@ func (s *Snapshot) load(ctx context.Context) error {
 		l.ranges()
 	}
 	prefix := s.o.StoreDir + "/"
-	err := s.perform(ctx, func(l *loading) (tasks []task) {
-		for _, c := range l.chunks {
-			tasks = append(tasks, func(ctx context.Context, reader int) error { return l.readPaths(ctx, reader, c, seed, prefix) })
-		}
-		return tasks
+	err := s.together(func(l *loading) error {
+		return l.perform(ctx, l.eachChunk(func(ctx context.Context, reader int, c *chunk) error {
+			return l.readPaths(ctx, reader, c, &s.seeds, prefix)
+		}))
 	})
 	if err != nil {
 		return err
 	}
-	if err := s.number(seed); err != nil {
+	if err := s.number(ctx); err != nil {
 		return err
 	}
-	err = s.perform(ctx, func(l *loading) (tasks []task) {
-		tasks = append(tasks, func(ctx context.Context, reader int) error { return s.readOutputs(ctx, reader, l) })
-		for _, c := range l.chunks {
-			tasks = append(tasks, func(ctx context.Context, reader int) error { return l.readRefs(ctx, reader, c) })
-		}
-		return tasks
+	s.sweep()
+	err = s.together(func(l *loading) error {
+		outputs := func(ctx context.Context, reader int) error { return s.readOutputs(ctx, reader, l) }
+		return l.perform(ctx, append([]task{outputs}, l.eachChunk(l.readRefs)...))
 	})
 	if err != nil {
 		return err
@@ -165,100 +174,113 @@ func (s *Snapshot) load(ctx context.Context) error {
 	return s.finish()
 }
 
+// sweep gives back what the chunks of a large store took: the collector itself
+// would let the heap grow to twice its size first.
+func (s *Snapshot) sweep() {
+	if s.Graph.Len() > 100_000 {
+		runtime.GC() // 10 ms: the columns hold no pointers
+	}
+}
+
 // readPaths fills a chunk with its rows.
-func (l *loading) readPaths(ctx context.Context, reader int, c *chunk, seed maphash.Seed, prefix string) error {
-	c.lastSeen = math.MinInt64
+func (l *loading) readPaths(ctx context.Context, reader int, c *chunk, seeds *[2]maphash.Seed, prefix string) error {
+	last := int64(math.MinInt64)
 	return l.snap.Paths(ctx, reader, c.lo, c.hi, false, func(r *nixdb.Row) error {
-		if r.ID <= c.lastSeen || r.ID < c.lo {
+		if r.ID <= last || r.ID < c.lo {
 			return fmt.Errorf("%q: %w: rows are out of order", l.DB, nixdb.ErrCorrupt)
 		}
-		c.lastSeen = r.ID
+		last = r.ID
 		base := baseOf(r.Path, prefix)
 		if base == nil {
 			c.dropped++
 			return nil
 		}
 		if c.ids == nil {
-			c.reserve()
+			c.reserve(l.both)
 		}
-		var f graph.Flags
-		digits := hashDigits(r.Hash)
-		if r.Wrong || digits == nil || r.NarSize < 0 || r.ID < 1 || r.ID > maxID {
-			f |= graph.Broken
+		f, digits := judge(r)
+		var deriver [2]uint64
+		if d := baseOf(r.Deriver, prefix); d != nil && bytes.HasSuffix(d, dotDrv) {
+			deriver = [2]uint64{maphash.Bytes(seeds[0], d), maphash.Bytes(seeds[1], d)}
 		}
-		if r.Ultimate {
-			f |= graph.Ultimate
-		}
-		if r.HasSigs {
-			f |= saysSigned
-		}
-		switch {
-		case len(r.CA) == 0:
-		case len(r.CA) > 5 && string(r.CA[:5]) == "text:":
-			f |= saysText
-		case len(r.CA) > 6 && string(r.CA[:6]) == "fixed:":
-			f |= saysFixed
-		default:
-			f |= graph.Broken
-		}
-		if len(r.Deriver) > 0 {
-			f |= saysDeriver
-			if d := baseOf(r.Deriver, prefix); d != nil && bytes.HasSuffix(d, dotDrv) {
-				c.deriver = append(c.deriver, d...)
-				c.derHash = append(c.derHash, maphash.Bytes(seed, d))
-			} else {
-				c.derHash = append(c.derHash, 0)
-			}
-		} else {
-			c.derHash = append(c.derHash, 0)
-		}
-		c.derOff = append(c.derOff, uint32(len(c.deriver)))
 		c.ids = append(c.ids, r.ID)
 		c.base = append(c.base, base...)
 		c.off = append(c.off, uint32(len(c.base)))
-		c.hash = append(c.hash, maphash.Bytes(seed, base))
 		c.narSize = append(c.narSize, max(0, r.NarSize))
 		c.flags = append(c.flags, f)
+		c.deriver = append(c.deriver, deriver)
 		if l.both {
-			a := agree{ca: maphash.Bytes(seed, r.CA)}
+			a := agree{ca: maphash.Bytes(seeds[0], r.CA)}
 			if digits != nil {
-				_, _ = hex.Decode(a.narHash[:], digits)
+				_, _ = hex.Decode(a.narHash[:], digits) // they have been looked at
 			}
 			c.agree = append(c.agree, a)
 		}
-		if len(c.base) > math.MaxInt32 || len(c.deriver) > math.MaxInt32 {
+		if len(c.base) > math.MaxInt32 {
 			return ErrTooLarge
 		}
 		return nil
 	})
 }
 
+// judge says what a row tells of its path, and gives the digits of its hash.
+func judge(r *nixdb.Row) (f graph.Flags, digits []byte) {
+	digits = hashDigits(r.Hash)
+	if r.Wrong || digits == nil || r.NarSize < 0 || r.ID < 1 || r.ID > maxID {
+		f |= graph.Broken
+	}
+	if r.Ultimate {
+		f |= graph.Ultimate
+	}
+	if r.HasSigs {
+		f |= saysSigned
+	}
+	if len(r.Deriver) > 0 {
+		f |= saysDeriver
+	}
+	switch {
+	case len(r.CA) == 0:
+	case len(r.CA) > 5 && string(r.CA[:5]) == "text:":
+		f |= saysText
+	case len(r.CA) > 6 && string(r.CA[:6]) == "fixed:":
+		f |= saysFixed
+	default:
+		f |= graph.Broken
+	}
+	return f, digits
+}
+
 // reserve makes room for as many rows as the chunk has ids, if that is not many.
-func (c *chunk) reserve() {
-	n := int(min(uint64(c.hi-c.lo), 1<<14))
+func (c *chunk) reserve(both bool) {
+	n := int(min(uint64(c.hi-c.lo), perChunk))
 	c.ids = make([]int64, 0, n)
 	c.base = make([]byte, 0, n*60)
 	c.off = make([]uint32, 0, n)
-	c.hash = make([]uint64, 0, n)
 	c.narSize = make([]int64, 0, n)
 	c.flags = make([]graph.Flags, 0, n)
-	c.derOff = make([]uint32, 0, n)
-	c.derHash = make([]uint64, 0, n)
+	c.deriver = make([][2]uint64, 0, n)
+	if both {
+		c.agree = make([]agree, 0, n)
+	}
 }
 
 // number joins the chunks of all databases, gives every path its id, and resolves
 // derivers.
-func (s *Snapshot) number(seed maphash.Seed) error {
+func (s *Snapshot) number(ctx context.Context) error {
 	total, size := 0, 0
 	for _, l := range s.stores {
-		var ids []int64
 		for _, c := range l.chunks {
-			ids = append(ids, c.ids...)
+			c.row = l.n
+			l.n += len(c.ids)
 			size += len(c.base)
 			s.Report.Dropped += c.dropped
 		}
-		l.n = len(ids)
 		total += l.n
+		ids := make([]int64, 0, l.n)
+		for _, c := range l.chunks {
+			ids = append(ids, c.ids...)
+			c.ids = nil
+		}
 		l.rows = newRowIDs(ids)
 	}
 	if total > math.MaxInt32-1 || size > math.MaxUint32 {
@@ -270,79 +292,87 @@ func (s *Snapshot) number(seed maphash.Seed) error {
 		BaseOff:  make([]uint32, 1, total+1),
 		NarSize:  make([]int64, 0, total),
 		Flags:    make([]graph.Flags, 0, total),
-		Deriver:  make([]graph.ID, 0, total),
 	}
-	s.Graph, s.Index = g, emptyIndex(g, seed, total)
+	s.Graph, s.Index = g, emptyIndex(g, s.seeds[0], total)
 	var agreed []agree // of the first database
 	for i, l := range s.stores {
-		var own []agree
-		if i > 0 {
-			l.ids = make([]graph.ID, 0, l.n)
-		}
 		for _, c := range l.chunks {
-			start := uint32(0)
-			for row, end := range c.off {
-				id := graph.ID(g.Len())
-				g.Base = append(g.Base, c.base[start:end]...)
-				g.BaseOff = append(g.BaseOff, uint32(len(g.Base)))
-				g.Flags = append(g.Flags, c.flags[row])
-				start = end
-				there := s.Index.insert(c.hash[row], id)
-				if i > 0 {
-					l.ids = append(l.ids, there)
-				}
-				if there == id {
-					g.NarSize = append(g.NarSize, c.narSize[row])
-					g.Flags[id] |= l.Layer
-					continue
-				}
-				// The name is there already: in the other database, once.
-				g.Flags = g.Flags[:id]
-				g.BaseOff = g.BaseOff[:id+1]
-				g.Base = g.Base[:g.BaseOff[id]]
-				if g.Flags[there]&l.Layer != 0 {
-					return fmt.Errorf("%q: %w: a path stands there twice", l.DB, nixdb.ErrCorrupt)
-				}
-				g.Flags[there] |= c.flags[row] | l.Layer
-				if agreed[there] != c.agree[row] || g.NarSize[there] != c.narSize[row] {
-					g.Flags[there] |= graph.Differs
-				}
+			if err := s.join(l, c, i == 0, agreed); err != nil {
+				return err
 			}
-			own = append(own, c.agree...)
-			c.base, c.off, c.hash, c.narSize, c.flags, c.agree = nil, nil, nil, nil, nil, nil
 		}
-		if i == 0 {
-			agreed = own
+		if i == 0 && l.both {
+			agreed = make([]agree, 0, l.n)
+			for _, c := range l.chunks {
+				agreed = append(agreed, c.agree...)
+				c.agree = nil
+			}
 		}
 	}
-	s.derivers()
+	return s.derivers(ctx)
+}
+
+// join puts the rows of a chunk at the end of the graph, or where their names are.
+func (s *Snapshot) join(l *loading, c *chunk, first bool, agreed []agree) error {
+	g := s.Graph
+	start := uint32(0)
+	for row, end := range c.off {
+		base := c.base[start:end]
+		start = end
+		id := graph.ID(len(g.BaseOff) - 1)
+		g.Base = append(g.Base, base...)
+		g.BaseOff = append(g.BaseOff, uint32(len(g.Base)))
+		there := s.Index.insert(s.Index.hash(base), id)
+		if !first {
+			l.ids = append(l.ids, there)
+		}
+		if there == id {
+			g.NarSize = append(g.NarSize, c.narSize[row])
+			g.Flags = append(g.Flags, c.flags[row]|l.Layer)
+			continue
+		}
+		// The other database has it, which has each once.
+		g.BaseOff = g.BaseOff[:id+1]
+		g.Base = g.Base[:g.BaseOff[id]]
+		if g.Flags[there]&l.Layer != 0 {
+			return fmt.Errorf("%q: %w: a path stands there twice", l.DB, nixdb.ErrCorrupt)
+		}
+		g.Flags[there] |= c.flags[row] | l.Layer
+		if agreed[there] != c.agree[row] || g.NarSize[there] != c.narSize[row] {
+			g.Flags[there] |= graph.Differs
+		}
+	}
+	c.base, c.off, c.narSize, c.flags = nil, nil, nil, nil
 	return nil
 }
 
 // derivers resolves the deriver columns. Where the two databases name different
-// ones, that of the first that is valid stays.
-func (s *Snapshot) derivers() {
+// derivations, the first that is valid stays, the lower database's before the other.
+func (s *Snapshot) derivers(ctx context.Context) error {
 	g := s.Graph
-	g.Deriver = g.Deriver[:g.Len()]
+	g.Deriver = make([]graph.ID, g.Len())
 	for i := range g.Deriver {
 		g.Deriver[i] = graph.NoID
 	}
 	for _, l := range s.stores {
-		row := int32(0)
-		for _, c := range l.chunks {
-			start := uint32(0)
-			for i, end := range c.derOff {
-				if end > start {
-					if id := l.id(row); g.Deriver[id] == graph.NoID {
-						g.Deriver[id] = s.Index.find(c.derHash[i], c.deriver[start:end])
-					}
+		// The second database waits for the first: both may write the same path.
+		err := l.perform(ctx, l.eachChunk(func(_ context.Context, _ int, c *chunk) error {
+			for i, h := range c.deriver {
+				if h == [2]uint64{} {
+					continue
 				}
-				start = end
-				row++
+				if id := l.id(int32(c.row + i)); g.Deriver[id] == graph.NoID {
+					g.Deriver[id] = s.Index.findHash(h, s.seeds[1])
+				}
 			}
-			c.deriver, c.derOff, c.derHash, c.ids = nil, nil, nil, nil
+			c.deriver = nil
+			return nil
+		}))
+		if err != nil {
+			return err
 		}
 	}
+	return nil
 }
 
 // id of a row of this database.

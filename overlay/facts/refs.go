@@ -11,6 +11,9 @@ import (
 	"overkeep/policy/graph"
 )
 
+// refsPerBlock: blocks are joined once their number is known, and never grown.
+const refsPerBlock = 1 << 14
+
 // readRefs reads the references of the referrers in a chunk, as rows.
 func (l *loading) readRefs(ctx context.Context, reader int, c *chunk) error {
 	last := nixdb.Ref{math.MinInt64, math.MinInt64}
@@ -19,7 +22,8 @@ func (l *loading) readRefs(ctx context.Context, reader int, c *chunk) error {
 		lo = math.MinInt64 // the first chunk sees what is below all ids, too
 	}
 	row := int32(-1)
-	return l.snap.Refs(ctx, reader, lo, c.hi, func(refs []nixdb.Ref) error {
+	var block []int32
+	err := l.snap.Refs(ctx, reader, lo, c.hi, func(refs []nixdb.Ref) error {
 		for _, r := range refs {
 			if r[0] != last[0] {
 				if r[0] < last[0] {
@@ -40,11 +44,19 @@ func (l *loading) readRefs(ctx context.Context, reader int, c *chunk) error {
 				c.lacks = append(c.lacks, row)
 				continue
 			}
-			c.refs = append(c.refs, to)
+			if len(block) == cap(block) {
+				if len(block) > 0 {
+					c.refs = append(c.refs, block)
+				}
+				block = make([]int32, 0, refsPerBlock)
+			}
+			block = append(block, to)
 			c.runs[len(c.runs)-1].n++
 		}
 		return nil
 	})
+	c.refs = append(c.refs, block)
+	return err
 }
 
 // readOutputs reads which derivations have which outputs, where both are in the graph.
@@ -70,7 +82,9 @@ func (s *Snapshot) references() error {
 	total := 0
 	for _, l := range s.stores {
 		for _, c := range l.chunks {
-			total += len(c.refs)
+			for _, b := range c.refs {
+				total += len(b)
+			}
 			for _, row := range c.lacks {
 				g.Flags[l.id(row)] |= graph.Broken
 			}
@@ -86,7 +100,9 @@ func (s *Snapshot) references() error {
 			for _, r := range c.runs {
 				g.RefOff[r.row+1] = r.n
 			}
-			g.Refs = append(g.Refs, c.refs...)
+			for _, b := range c.refs {
+				g.Refs = append(g.Refs, b...)
+			}
 			c.refs, c.runs = nil, nil
 		}
 		for i := range g.Len() {
@@ -117,7 +133,7 @@ func (s *Snapshot) merge() {
 		}
 		refs[k] = make([]graph.ID, off[k][n])
 		for _, c := range l.chunks {
-			from := c.refs
+			from := slices.Concat(c.refs...)
 			for _, r := range c.runs {
 				id := l.id(r.row)
 				to := refs[k][off[k][id]:off[k][id+1]]
@@ -149,27 +165,14 @@ func (s *Snapshot) merge() {
 	}
 }
 
-// finish fills what needs everything else: derivers by output, outputs, layers, kinds.
+// finish fills what needs everything else: outputs, layers, kinds.
 func (s *Snapshot) finish() error {
 	g := s.Graph
 	anyCA := false
-	ambiguous := graph.NewBits(g.Len())
 	for _, l := range s.stores {
 		anyCA = anyCA || l.snap.AnyCA
 		for _, o := range l.outputs {
 			g.Flags[o.out] |= saysOutput
-			switch {
-			case g.Flags[o.out]&saysDeriver != 0: // the column knows, even where it names what is not valid
-			case g.Deriver[o.out] == graph.NoID:
-				g.Deriver[o.out] = o.drv
-			case g.Deriver[o.out] != o.drv:
-				ambiguous.Set(o.out)
-			}
-		}
-	}
-	for id := range g.Deriver {
-		if ambiguous.Has(graph.ID(id)) {
-			g.Deriver[id] = graph.NoID
 		}
 	}
 	s.outs()
