@@ -197,6 +197,7 @@ func (m *Manager) Init(ctx context.Context, in Init) (*Keep, error) {
 		return nil, classified(err)
 	}
 	if in.FSImage == "" {
+		volume.SweepProbes(filepath.Dir(layout.StateRoot(k.Root))) // plan had to try there before
 		if err := m.probe(k); err != nil {
 			return nil, err
 		}
