@@ -225,7 +225,9 @@ func TestStrangersLoop(t *testing.T) {
 	onImage.Loops = []LoopRef{{inner, FileID{outer, 13}}, {outer, FileID{host, 900}}}
 	silent := onImage
 	silent.Loops = nil // the devices could not be asked when it was described
-	mine := func(n string, dev uint64, f FileID) loopDevice { return loopDevice{name: n, dev: dev, file: f, path: "/x"} }
+	mine := func(n string, dev uint64, f FileID) loopDevice {
+		return loopDevice{name: n, dev: dev, file: f, path: "/x"}
+	}
 	for _, x := range []struct {
 		name  string
 		t     Target
