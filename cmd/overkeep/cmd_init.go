@@ -142,7 +142,7 @@ func runInit(ctx context.Context, a *app, o initOptions) error {
 	in.Passphrase, in.Confirm = pass, how.confirm
 	k, err := a.manager().Init(ctx, in)
 	if err != nil {
-		how.undo()
+		how.failed(err)
 		return err
 	}
 	return a.ui.done(initDone{Header: k.Header, RecoveryFile: absOrEmpty(o.recoveryOut), Next: a.here().command("unlock", k.Name)})

@@ -429,7 +429,7 @@ func runKeyRecovery(ctx context.Context, a *app, o keyRecoveryOptions) error {
 	err = o.auth.with(ctx, a.ui, k.Name, func(auth keep.Auth) error {
 		err := a.change(ctx, k, auth, o.auth.asks(), keep.NewSlot{Action: keep.ActionRecovery}, 0, false, nil, how.confirm)
 		if err != nil {
-			how.undo()
+			how.failed(err)
 		}
 		return err
 	})

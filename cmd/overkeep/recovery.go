@@ -60,6 +60,16 @@ type confirmer struct {
 	undo    func()
 }
 
+// failed takes back what was written, unless the key has come to be used before
+// err: the file may be the only place that has it.
+func (c *confirmer) failed(err error) {
+	var e *keep.Error
+	if errors.As(err, &e) && e.InForce {
+		return
+	}
+	c.undo()
+}
+
 // newConfirmer is by file when one is named, else by the terminal.
 func (a *app) newConfirmer(ctx context.Context, file, keepName string) (*confirmer, error) {
 	if file == "" {

@@ -9,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"time"
 
 	"github.com/google/fscrypt/crypto"
 	"github.com/google/fscrypt/metadata"
@@ -54,13 +53,21 @@ func Probe(dir string) Result {
 func ProbeThrowaway(ctx context.Context, dir string) Result {
 	var r Result
 	err := func() (err error) {
-		d, err := os.MkdirTemp(dir, ".overkeep-probe-")
+		parent, err := os.OpenFile(dir, unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 		if err != nil {
 			return err
 		}
+		defer parent.Close()
+		sweepProbes(parent)
+		held, err := makeProbe(parent)
+		if err != nil {
+			return err
+		}
+		defer held.Close()
+		d := filepath.Join(dir, filepath.Base(held.Name()))
 		// os.Remove, never recursively: a failed unmount must not become a deletion.
 		defer func() { err = errors.Join(err, os.Remove(d)) }()
-		name := d + ".img"
+		name := filepath.Join(d, "img")
 		f, err := os.OpenFile(name, unix.O_CREAT|unix.O_EXCL|unix.O_RDWR|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
 		if err != nil {
 			return err
@@ -96,8 +103,48 @@ func ProbeThrowaway(ctx context.Context, dir string) Result {
 // probePrefix begins the names of what a probe makes.
 const probePrefix = ".overkeep-probe-"
 
-// sweepProbes removes what probes left that were killed. A probe that runs holds
-// its directory locked.
+// makeProbe makes a directory for a probe in parent and locks it (flock(2)), which
+// tells sweepProbes that its maker lives. One that a sweep meets before it is
+// locked is lost, and made again.
+func makeProbe(parent *os.File) (*os.File, error) {
+	for {
+		path, err := os.MkdirTemp(procFD(int(parent.Fd())), probePrefix)
+		if err != nil {
+			return nil, err
+		}
+		d, err := openBeneath(parent, filepath.Base(path), unix.O_DIRECTORY)
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, errors.Join(err, unix.Unlinkat(int(parent.Fd()), filepath.Base(path), unix.AT_REMOVEDIR))
+		}
+		var st unix.Stat_t
+		err = unix.Flock(int(d.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			err = unix.Fstat(int(d.Fd()), &st)
+		}
+		if err == nil && st.Nlink > 0 {
+			return d, nil
+		}
+		d.Close()
+		if err != nil && !errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, errors.Join(err, unix.Unlinkat(int(parent.Fd()), filepath.Base(path), unix.AT_REMOVEDIR))
+		}
+	}
+}
+
+// SweepProbes removes from dir what probes left that were killed. Every Probe does
+// that where it runs; this is for where it ran before. The throw-away keys of
+// killed probes stay in the kernel until the filesystem is unmounted: nothing but
+// what is removed here was ever encrypted with them.
+func SweepProbes(dir string) {
+	if parent, err := os.OpenFile(dir, unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err == nil {
+		sweepProbes(parent)
+		parent.Close()
+	}
+}
+
 func sweepProbes(parent *os.File) {
 	d, err := openBeneath(parent, ".", unix.O_DIRECTORY)
 	if err != nil {
@@ -109,11 +156,6 @@ func sweepProbes(parent *os.File) {
 		if !strings.HasPrefix(n, probePrefix) {
 			continue
 		}
-		// A new one is not locked yet.
-		var st unix.Stat_t
-		if unix.Fstatat(int(d.Fd()), n, &st, unix.AT_SYMLINK_NOFOLLOW) != nil || time.Since(time.Unix(st.Mtim.Unix())) < time.Minute {
-			continue
-		}
 		if f, err := openBeneath(parent, n, unix.O_DIRECTORY); err == nil {
 			if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
 				_ = removeTree(parent, n, 0)
@@ -123,18 +165,25 @@ func sweepProbes(parent *os.File) {
 	}
 }
 
+// probe tries it in a directory of its own. What is encrypted lies one deeper: the
+// lock must be held all the time, and an encrypted directory that is open keeps
+// its key busy.
 func probe(k kernel, parent *os.File, f facts) (r Result) {
 	sweepProbes(parent)
-	path, err := os.MkdirTemp(procFD(int(parent.Fd())), probePrefix)
+	own, err := makeProbe(parent)
 	if err != nil {
 		return explain(err, f)
 	}
-	name := filepath.Base(path)
+	defer own.Close()
 	defer func() {
-		if err := removeTree(parent, name, 0); err != nil && r.Answer == Yes {
+		if err := removeTree(parent, filepath.Base(own.Name()), 0); err != nil && r.Answer == Yes {
 			r = explain(err, f)
 		}
 	}()
+	const name = "dir"
+	if err := unix.Mkdirat(int(own.Fd()), name, 0o700); err != nil {
+		return explain(err, f)
+	}
 	key, err := crypto.NewRandomKey(metadata.PolicyKeyLen)
 	if err != nil {
 		return explain(err, f)
@@ -147,14 +196,11 @@ func probe(k kernel, parent *os.File, f facts) (r Result) {
 	const file = "probe"
 	added := false
 	err = func() error {
-		d, err := openBeneath(parent, name, unix.O_DIRECTORY)
+		d, err := openBeneath(own, name, unix.O_DIRECTORY)
 		if err != nil {
 			return err
 		}
 		defer d.Close()
-		if err := unix.Flock(int(d.Fd()), unix.LOCK_SH|unix.LOCK_NB); err != nil {
-			return err
-		}
 		if err := k.setPolicy(int(d.Fd()), desc); err != nil {
 			return err
 		}
@@ -174,7 +220,7 @@ func probe(k kernel, parent *os.File, f facts) (r Result) {
 	if err != nil {
 		return explain(err, f)
 	}
-	d, err := openBeneath(parent, name, unix.O_DIRECTORY)
+	d, err := openBeneath(own, name, unix.O_DIRECTORY)
 	if err != nil {
 		return explain(err, f)
 	}

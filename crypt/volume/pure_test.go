@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -269,5 +271,44 @@ func TestProbeFailures(t *testing.T) {
 	}
 	if r := Probe("/nonexistent/directory"); r.Answer != Unsure {
 		t.Errorf("no directory: %+v", r)
+	}
+}
+
+// The next probe removes what a killed one left, however young, and nothing of one
+// that is still under way.
+func TestProbeSweeps(t *testing.T) {
+	dir, err := os.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	live, err := makeProbe(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer live.Close()
+	for _, d := range []string{filepath.Join(dir.Name(), probePrefix+"killed/dir"), filepath.Join(dir.Name(), "other")} {
+		if err := os.MkdirAll(d, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(d, "probe"), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	names := func() (out []string) {
+		all, _ := os.ReadDir(dir.Name())
+		for _, e := range all {
+			out = append(out, e.Name())
+		}
+		return out
+	}
+	probe(&fake{set: unix.ENOTTY}, dir, facts{})
+	if got, want := names(), []string{filepath.Base(live.Name()), "other"}; !slices.Equal(got, want) {
+		t.Errorf("left: %q, want %q", got, want)
+	}
+	live.Close()
+	SweepProbes(dir.Name())
+	if got := names(); !slices.Equal(got, []string{"other"}) {
+		t.Errorf("left: %q", got)
 	}
 }

@@ -1,6 +1,7 @@
 package holder
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -17,11 +18,6 @@ func loops() []loopDevice {
 	var out []loopDevice
 	for _, dir := range dirs {
 		block := filepath.Dir(dir)
-		path, err := os.ReadFile(dir + "/backing_file")
-		if err != nil {
-			continue // unbound meanwhile
-		}
-		l := loopDevice{name: filepath.Base(block), path: strings.TrimSuffix(string(path), "\n")}
 		num, err := os.ReadFile(block + "/dev")
 		if err != nil {
 			continue
@@ -32,13 +28,9 @@ func loops() []loopDevice {
 		if !ok1 || !ok2 {
 			continue
 		}
-		l.dev = unix.Mkdev(uint32(ma), uint32(mi))
-		if f, err := openAt(unix.AT_FDCWD, "/dev/"+l.name, unix.O_RDONLY|unix.O_NONBLOCK); err == nil {
-			// lo_device is in the encoding of stat(2) (huge_encode_dev in loop.c).
-			if st, err := unix.IoctlLoopGetStatus64(int(f.Fd())); err == nil && st.Number == uint32(mi) {
-				l.file = FileID{st.Device, st.Inode}
-			}
-			f.Close()
+		l := loopDevice{name: filepath.Base(block), dev: unix.Mkdev(uint32(ma), uint32(mi))}
+		if !l.ask(dir+"/backing_file", uint32(mi)) {
+			continue // unbound meanwhile
 		}
 		stack, _ := os.ReadDir(block + "/holders")
 		for _, s := range stack {
@@ -48,6 +40,50 @@ func loops() []loopDevice {
 	}
 	return out
 }
+
+// ask fills in file and path, both of one binding: between two questions a device
+// may be unbound, or bound anew by a stranger. It returns false for a device that
+// is not bound. One that changes hands all the time stays unknown.
+func (l *loopDevice) ask(backing string, number uint32) bool {
+	var f *os.File
+	var err error
+	if f, err = openAt(unix.AT_FDCWD, "/dev/"+l.name, unix.O_RDONLY|unix.O_NONBLOCK); err == nil {
+		defer f.Close()
+	}
+	status := func() (FileID, error) {
+		if f == nil {
+			return FileID{}, err
+		}
+		st, err := unix.IoctlLoopGetStatus64(int(f.Fd()))
+		if err != nil || st.Number != number {
+			return FileID{}, err
+		}
+		// lo_device is in the encoding of stat(2) (huge_encode_dev in loop.c).
+		return FileID{st.Device, st.Inode}, nil
+	}
+	for range 16 {
+		before, err := status()
+		if unbound(err) {
+			return false
+		}
+		path, err := os.ReadFile(backing)
+		if err != nil {
+			return false
+		}
+		after, err := status()
+		if unbound(err) {
+			return false
+		}
+		if before == after {
+			l.file, l.path = after, strings.TrimSuffix(string(path), "\n")
+			break
+		}
+	}
+	return true
+}
+
+// unbound tells whether a loop device answered that it has no file (loop(4)).
+func unbound(err error) bool { return errors.Is(err, unix.ENXIO) }
 
 // deviceHolders names the kernel's own holders: loop devices, what is stacked on
 // them, and swap files.

@@ -59,6 +59,15 @@ type Target struct {
 	Mounts []MountRef `json:"mounts"`
 	// Files are single files that belong to the keep: the volume image.
 	Files []FileID `json:"files,omitempty"`
+	// Loops are the loop devices among Devices, with the file that each had: the
+	// kernel gives their numbers to the next who asks for one.
+	Loops []LoopRef `json:"loops,omitempty"`
+}
+
+// LoopRef is a loop device and its backing file.
+type LoopRef struct {
+	Dev  uint64 `json:"dev"`
+	File FileID `json:"file"`
 }
 
 // FileID names an inode.

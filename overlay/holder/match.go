@@ -161,14 +161,10 @@ func newMatcher(t Target, s snapshot) *matcher {
 // answer is yes, no, or askFS: an overlay that no mount shows any more may be
 // detached, or gone and its number another's by the time it is met.
 func stale(t Target, s snapshot, d uint64) verdict {
-	if unix.Major(d) == loopMajor && len(t.Files) > 0 {
-		for _, l := range s.loops {
-			// Where the device could not be asked it gets the benefit of the doubt.
-			if l.dev == d && (l.file == (FileID{}) || slices.Contains(t.Files, l.file)) {
-				return no
-			}
+	if unix.Major(d) == loopMajor {
+		if v, known := staleLoop(t, s, d, 0); known {
+			return v
 		}
-		return yes // unbound, or bound to another file
 	}
 	seen := false
 	for _, sp := range s.spaces {
@@ -188,6 +184,40 @@ func stale(t Target, s snapshot, d uint64) verdict {
 		return askFS
 	}
 	return no
+}
+
+// staleLoop is stale for a loop device, by its backing file. It is not known
+// where the target names no file to hold it against.
+func staleLoop(t Target, s snapshot, d uint64, depth int) (v verdict, known bool) {
+	ours := slices.Clone(t.Files)
+	for _, r := range t.Loops {
+		if r.Dev == d {
+			ours = append(ours, r.File)
+		}
+	}
+	if len(ours) == 0 {
+		return no, false
+	}
+	for _, l := range s.loops {
+		if l.dev != d {
+			continue
+		}
+		if l.file == (FileID{}) { // it could not be asked: the benefit of the doubt
+			return no, true
+		}
+		if !slices.Contains(ours, l.file) {
+			return yes, true
+		}
+		// A file is told by its device in turn: two volumes made alike have the same
+		// inode numbers. A table that loops (no kernel has one) ends here.
+		if on := l.file.Dev; unix.Major(on) == loopMajor && slices.Contains(t.Devices, on) && depth < len(t.Devices) {
+			if v, known := staleLoop(t, s, on, depth+1); known && v == yes {
+				return yes, true
+			}
+		}
+		return no, true
+	}
+	return yes, true // unbound
 }
 
 // described tells whether mt is of a filesystem that was described, by more than

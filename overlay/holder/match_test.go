@@ -212,6 +212,59 @@ func TestStale(t *testing.T) {
 	}
 }
 
+// A loop device of the target in the hands of a stranger carries nothing of ours,
+// nor does what is stacked on it: known by the file that it had, also where no
+// file is named by the target itself (an image in an encrypted directory).
+func TestStrangersLoop(t *testing.T) {
+	outer, inner, strange := unix.Mkdev(7, 5), unix.Mkdev(7, 6), unix.Mkdev(254, 9)
+	image := imageTarget() // the image lies in a tree of the host
+	image.Files, image.Trees = nil, []Tree{{host, "/var/keep/volume", key}}
+	image.Loops = []LoopRef{{disk, FileID{host, 900}}}
+	onImage := imageTarget() // the image lies in a file system in a file of the host
+	onImage.Devices = []uint64{overlay, inner, outer}
+	onImage.Loops = []LoopRef{{inner, FileID{outer, 13}}, {outer, FileID{host, 900}}}
+	silent := onImage
+	silent.Loops = nil // the devices could not be asked when it was described
+	mine := func(n string, dev uint64, f FileID) loopDevice {
+		return loopDevice{name: n, dev: dev, file: f, path: "/x"}
+	}
+	for _, x := range []struct {
+		name  string
+		t     Target
+		loops []loopDevice
+		ours  []string
+	}{
+		{"image, still there", image, []loopDevice{mine("loop3", disk, FileID{host, 900})}, []string{"loop3"}},
+		{"image, unbound", image, nil, nil},
+		{"image, a stranger's", image, []loopDevice{mine("loop3", disk, FileID{strange, 900}), mine("loop4", unix.Mkdev(7, 4), FileID{disk, 13})}, nil},
+		{"image, another file of the host", image, []loopDevice{mine("loop3", disk, FileID{host, 901})}, nil},
+		{"image, could not be asked", image, []loopDevice{mine("loop3", disk, FileID{})}, []string{"loop3"}},
+		{"on image, still there", onImage, []loopDevice{mine("loop5", outer, FileID{host, 900}), mine("loop6", inner, FileID{outer, 13})}, []string{"loop5", "loop6"}},
+		{"on image, listed the other way round", onImage, []loopDevice{mine("loop6", inner, FileID{outer, 13}), mine("loop5", outer, FileID{host, 900})}, []string{"loop6", "loop5"}},
+		{"on image, the inner one is a stranger's", onImage, []loopDevice{mine("loop5", outer, FileID{host, 900}), mine("loop6", inner, FileID{strange, 13})}, []string{"loop5"}},
+		{"a volume made alike on the same devices", onImage, []loopDevice{mine("loop5", outer, FileID{strange, 900}), mine("loop6", inner, FileID{outer, 13})}, nil},
+		{"the outer device is gone, the inner a stranger's", onImage, []loopDevice{mine("loop6", inner, FileID{host, 7})}, nil},
+		{"not asked before, alike on the same devices", silent, []loopDevice{mine("loop5", outer, FileID{strange, 900}), mine("loop6", inner, FileID{outer, 13})}, nil},
+		{"not asked before, still there", silent, []loopDevice{mine("loop5", outer, FileID{host, 900}), mine("loop6", inner, FileID{outer, 13})}, []string{"loop5", "loop6"}},
+		{"a table that loops", Target{Devices: []uint64{outer, inner}, Loops: []LoopRef{{inner, FileID{outer, 1}}, {outer, FileID{inner, 1}}}},
+			[]loopDevice{mine("loop5", outer, FileID{inner, 1}), mine("loop6", inner, FileID{outer, 1})}, []string{"loop5", "loop6"}},
+	} {
+		m := newMatcher(x.t, snapshot{loops: x.loops})
+		var got []string
+		for _, l := range m.loops {
+			got = append(got, l.name)
+		}
+		if !slices.Equal(got, x.ours) {
+			t.Errorf("%s: ours are %q, want %q", x.name, got, x.ours)
+		}
+		for _, l := range x.loops {
+			if m.devices[l.dev] != slices.Contains(x.ours, l.name) {
+				t.Errorf("%s: %s is taken for ours: %v", x.name, l.name, m.devices[l.dev])
+			}
+		}
+	}
+}
+
 func TestOursOrder(t *testing.T) {
 	m := newMatcher(imageTarget(), imageSnapshot())
 	all := []mount{

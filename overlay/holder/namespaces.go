@@ -61,6 +61,13 @@ func Describe(view *os.File, points []string, outside ...string) (Target, error)
 	// A directory of a filesystem that turned out to be ours as a whole says
 	// nothing more.
 	t.Trees = slices.DeleteFunc(t.Trees, func(x Tree) bool { return slices.Contains(t.Devices, x.Dev) })
+	if slices.ContainsFunc(t.Devices, func(d uint64) bool { return unix.Major(d) == loopMajor }) {
+		for _, l := range loops() {
+			if slices.Contains(t.Devices, l.dev) && l.file != (FileID{}) {
+				t.Loops = append(t.Loops, LoopRef{l.dev, l.file})
+			}
+		}
+	}
 	return t, nil
 }
 

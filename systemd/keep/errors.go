@@ -54,6 +54,9 @@ type Error struct {
 	Missing string          `json:"missing,omitempty"` // unsupported: what is missing
 	Remedy  string          `json:"remedy,omitempty"`  // unsupported: the command that mends it
 	Holders []holder.Holder `json:"holders,omitempty"` // not-locked: who holds it
+	// InForce says that what failed came after the new keys had taken the place of
+	// the old, or may have: whoever was given one must keep it.
+	InForce bool `json:"in_force,omitempty"`
 	cause   error
 }
 
@@ -63,6 +66,14 @@ func (e *Error) Unwrap() error { return e.cause }
 func errorf(code Code, name, format string, args ...any) *Error {
 	err := fmt.Errorf(format, args...)
 	return &Error{Code: code, Message: err.Error(), Name: name, cause: errors.Unwrap(err)}
+}
+
+// inForce is err as one that came after the new keys had taken effect.
+func inForce(err error) *Error {
+	e := *Classify(err)
+	e.Message += "; the new keys are in force all the same"
+	e.InForce = true
+	return &e
 }
 
 // Classify turns any error of the layers below into an *Error; nil stays nil.

@@ -176,7 +176,8 @@ func (m *Manager) probe(k layout.Keep) error {
 
 // Init makes a keep: volume, slots, layout. The keep appears under its name only
 // when all of it is there and the recovery key has been confirmed; a crash before
-// leaves a directory that the next Init of the name removes.
+// leaves a directory that the next Init of the name removes. With an *Error that
+// is InForce the keep is there, and the recovery key opens it.
 func (m *Manager) Init(ctx context.Context, in Init) (*Keep, error) {
 	if err := requireRoot(); err != nil {
 		return nil, err
@@ -197,6 +198,7 @@ func (m *Manager) Init(ctx context.Context, in Init) (*Keep, error) {
 		return nil, classified(err)
 	}
 	if in.FSImage == "" {
+		volume.SweepProbes(filepath.Dir(layout.StateRoot(k.Root))) // plan had to try there before
 		if err := m.probe(k); err != nil {
 			return nil, err
 		}
@@ -219,9 +221,17 @@ func (m *Manager) Init(ctx context.Context, in Init) (*Keep, error) {
 		return nil, classified(err)
 	}
 	if err := m.build(ctx, k, h, u, in); err != nil {
-		return nil, classified(errors.Join(err, m.discard(context.WithoutCancel(ctx), k, k.Building())))
+		err = classified(errors.Join(err, m.discard(context.WithoutCancel(ctx), k, k.Building())))
+		if _, serr := os.Lstat(k.StateDir()); serr == nil {
+			err = inForce(err)
+		}
+		return nil, err
 	}
-	return m.Open(in.Name)
+	kk, err := m.Open(in.Name)
+	if err != nil {
+		return nil, inForce(err)
+	}
+	return kk, nil
 }
 
 func (m *Manager) build(ctx context.Context, k layout.Keep, h *Header, u view.User, in Init) error {

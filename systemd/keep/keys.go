@@ -110,7 +110,8 @@ func (k *Keep) Keys() (*KeyList, error) {
 
 // ChangeKeys changes the slot set; auth opens a present slot. newPass is the
 // passphrase of an added or changed passphrase slot. confirm is called for a new
-// recovery key before the set is replaced, as in Init.
+// recovery key before the set is replaced, as in Init. An *Error that is InForce
+// came after that.
 func (k *Keep) ChangeKeys(ctx context.Context, auth Auth, change NewSlot, newPass *secret.Bytes, logN int, force bool, confirm func(*secret.Bytes) error) error {
 	if err := requireRoot(); err != nil {
 		return err
@@ -148,10 +149,20 @@ func (k *Keep) ChangeKeys(ctx context.Context, auth Auth, change NewSlot, newPas
 		}
 		req.Secrets, secrets = append(req.Secrets, secretNewPassphrase), append(secrets, recovery)
 	}
-	return k.inVolumeNamespace(func(ns *view.Namespace) error {
+	before, _, unread := loadSlots(k.Slots(), k.Name)
+	err = k.inVolumeNamespace(func(ns *view.Namespace) error {
 		_, err := k.m.child(ctx, "keys", req, childOptions{ns: ns, secrets: secrets}, nil)
 		return err
 	})
+	if err == nil || unread != nil { // a set that cannot be read is not replaced
+		return err
+	}
+	// The helper may have died after the exchange, or failed to pin the new epoch,
+	// which the next unlock does.
+	if after, _, lerr := loadSlots(k.Slots(), k.Name); lerr != nil || after.Epoch != before.Epoch {
+		return inForce(err)
+	}
+	return err
 }
 
 // inVolumeNamespace runs f with the keep's own namespace when there is one, or a

@@ -221,6 +221,7 @@ type locker struct {
 	list    []view.Mount
 	target  holder.Target
 	unseen  string // what the last look for holders could not look at
+	absent  bool   // the kernel had no key when this lock began
 	already bool
 	busy    time.Time // since when nothing but the kernel itself holds it; zero: not
 }
@@ -234,11 +235,14 @@ func newLocker(c *call) (*locker, error) {
 	if l.list, err = view.Mounts(c.k, c.User, view.Options{WorkDir: c.Header.WorkDir}); err != nil {
 		return nil, err
 	}
+	// Asked before the description: an absent key stays absent, for whoever adds it
+	// waits for this lock.
+	st, err := volume.KeyStatus(l.spec, l.id)
+	l.absent = err == nil && st == volume.Absent
 	if err := l.describe(); err != nil {
 		return nil, err
 	}
-	st, err := volume.KeyStatus(l.spec, l.id)
-	l.already = err == nil && st == volume.Absent && len(l.target.Mounts) == 0
+	l.already = l.absent && len(l.target.Mounts) == 0
 	return l, nil
 }
 
@@ -295,7 +299,10 @@ func (l *locker) describeOnce() error {
 	}
 	file := l.targetFile()
 	var before holder.Target
-	if b, err := readSmall(file, 1<<20); err == nil && strictJSON(b, &before) == nil && before.Namespace == l.target.Namespace {
+	// Without a key no file of the volume is open, the image among them, so whatever
+	// lay on it is gone; its device numbers are anybody's by now. What an FSImage may
+	// still be held by is told by that file itself, which is part of every target.
+	if b, err := readSmall(file, 1<<20); !l.absent && err == nil && strictJSON(b, &before) == nil && before.Namespace == l.target.Namespace {
 		l.target = merge(before, l.target)
 	}
 	if len(points) == 0 {
@@ -333,6 +340,7 @@ func merge(a, b holder.Target) holder.Target {
 	a.Trees = union(a.Trees, b.Trees)
 	a.Mounts = append(a.Mounts, b.Mounts...)
 	a.Files = union(a.Files, b.Files)
+	a.Loops = union(a.Loops, b.Loops)
 	return a
 }
 

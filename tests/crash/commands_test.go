@@ -14,7 +14,7 @@ import (
 // TestInit: a crash leaves either nothing that is in the way of the next init, or
 // a whole keep that both keys open.
 func TestInit(t *testing.T) {
-	for backend, hows := range map[string][]how{"on-image": {killGroup, powerCut}} {
+	for backend, hows := range map[string][]how{"image": allHows, "dir": {powerCut}, "on-image": {killGroup, powerCut}} {
 		t.Run(backend, func(t *testing.T) {
 			t.Parallel()
 			m := newMachine(t, backend)

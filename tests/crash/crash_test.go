@@ -424,6 +424,11 @@ func (m *machine) clean(t *testing.T) {
 	if !m.exists() {
 		same("/nix/var/nix/gcroots/overkeep", []string{})
 	}
+	// The first init of a machine tries the file system where there is no state
+	// directory yet.
+	if left, _ := filepath.Glob(m.Root + filepath.Dir(stateRoot) + "/.overkeep*"); len(left) > 0 {
+		t.Errorf("there is %q", left)
+	}
 	m.idle(t)
 }
 
