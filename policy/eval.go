@@ -84,6 +84,7 @@ type block struct {
 	tops     []int32
 	slot     map[int32]int
 	yes, may [][]uint64
+	store    []uint64
 }
 
 // at is the value of the i-th of the tops.
@@ -95,50 +96,75 @@ func (b *block) at(i int) (yes, may []uint64) {
 // sweep evaluates nodes for all paths, a block at a time, and calls f with each
 // block, from several goroutines.
 func (ev *evaluation) sweep(tops []int32, f func(*block)) {
-	nodes := ev.prog.below(func(n int32) bool { return ev.cols[n] != nil }, tops...)
-	leaves := map[int32]leaf{}
-	slot := map[int32]int{}
-	for i, n := range nodes {
-		slot[n] = i
-		if nd := &ev.prog.nodes[n]; nd.op > opNot && ev.cols[n] == nil {
-			leaves[n] = ev.ix.leaf(nd)
-		}
-	}
+	m := ev.machine(tops)
 	ev.ix.parallel(func(next func() (int, int, bool)) {
-		b := &block{tops: tops, slot: slot, yes: make([][]uint64, len(nodes)), may: make([][]uint64, len(nodes))}
-		store := make([]uint64, 2*blockWords*len(nodes))
-		kids := make([][]int, len(nodes))
-		for i, n := range nodes {
-			for _, k := range ev.prog.nodes[n].kids {
-				if s, ok := slot[k]; ok {
-					kids[i] = append(kids[i], s)
-				}
-			}
-		}
+		b := m.block(blockWords)
 		for {
 			lo, hi, ok := next()
 			if !ok {
 				return
 			}
-			b.lo, b.hi = lo, hi
-			for i, n := range nodes {
-				if c := ev.cols[n]; c != nil {
-					b.yes[i], b.may[i] = c.yes[lo:hi], c.may[lo:hi]
-					continue
-				}
-				yes, may := store[2*i*blockWords:][:hi-lo], store[(2*i+1)*blockWords:][:hi-lo]
-				b.yes[i], b.may[i] = yes, may
-				if l := leaves[n]; l != nil {
-					l(lo, yes, may)
-					ev.ix.doubt(ev.prog.nodes[n].op, lo, yes, may)
-				} else {
-					combine(ev.prog.nodes[n].op, b, kids[i], yes, may)
-				}
-				ev.ix.trim(lo, yes, may)
-			}
+			m.run(b, lo, hi)
 			f(b)
 		}
 	})
+}
+
+// machine evaluates nodes for a block of paths.
+type machine struct {
+	*evaluation
+	tops   []int32
+	nodes  []int32
+	slot   map[int32]int
+	leaves []leaf
+	kids   [][]int
+}
+
+func (ev *evaluation) machine(tops []int32) *machine {
+	m := &machine{evaluation: ev, tops: tops, slot: map[int32]int{}}
+	m.nodes = ev.prog.below(func(n int32) bool { return ev.cols[n] != nil }, tops...)
+	m.leaves, m.kids = make([]leaf, len(m.nodes)), make([][]int, len(m.nodes))
+	for i, n := range m.nodes {
+		m.slot[n] = i
+		if ev.cols[n] != nil {
+			continue
+		}
+		nd := &ev.prog.nodes[n]
+		if nd.op > opNot {
+			m.leaves[i] = ev.ix.leaf(nd)
+			continue
+		}
+		for _, k := range nd.kids {
+			m.kids[i] = append(m.kids[i], m.slot[k])
+		}
+	}
+	return m
+}
+
+// block has room for so many words.
+func (m *machine) block(words int) *block {
+	return &block{tops: m.tops, slot: m.slot, yes: make([][]uint64, len(m.nodes)), may: make([][]uint64, len(m.nodes)),
+		store: make([]uint64, 2*words*len(m.nodes))}
+}
+
+func (m *machine) run(b *block, lo, hi int) {
+	b.lo, b.hi = lo, hi
+	size := hi - lo
+	for i, n := range m.nodes {
+		if c := m.cols[n]; c != nil {
+			b.yes[i], b.may[i] = c.yes[lo:hi], c.may[lo:hi]
+			continue
+		}
+		yes, may := b.store[2*i*size:][:size], b.store[(2*i+1)*size:][:size]
+		b.yes[i], b.may[i] = yes, may
+		if l := m.leaves[i]; l != nil {
+			l(lo, yes, may)
+			m.ix.doubt(m.prog.nodes[n].op, lo, yes, may)
+		} else {
+			combine(m.prog.nodes[n].op, b, m.kids[i], yes, may)
+		}
+		m.ix.trim(lo, yes, may)
+	}
 }
 
 // parallel lets two goroutines or more take blocks until none is left.

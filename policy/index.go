@@ -36,7 +36,8 @@ func NewIndex(g *graph.Graph) (*Index, error) {
 		}
 	}
 	ix.refs = ordered(g.Len(), func(v int32, k int) int32 {
-		if at := g.RefOff[v] + uint32(k); at < g.RefOff[v+1] {
+		// What is not believed leads nowhere: it may close no cycle either.
+		if at := g.RefOff[v] + uint32(k); at < g.RefOff[v+1] && !ix.bad.Has(v) {
 			return g.Refs[at]
 		}
 		return -1
