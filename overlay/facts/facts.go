@@ -105,6 +105,25 @@ func (s *Snapshot) Close() error {
 
 // Open is Load that keeps the database states, for a listing of the same moment.
 func Open(ctx context.Context, stores []Store, o Options) (_ *Snapshot, err error) {
+	s, err := newSnapshot(o)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.Close())
+		}
+	}()
+	if err := s.open(ctx, stores, true); err != nil {
+		return nil, err
+	}
+	if err := s.load(ctx); err != nil {
+		return nil, err
+	}
+	return s, s.sign(ctx)
+}
+
+func newSnapshot(o Options) (*Snapshot, error) {
 	if o.StoreDir == "" {
 		o.StoreDir = "/nix/store"
 	}
@@ -114,26 +133,15 @@ func Open(ctx context.Context, stores []Store, o Options) (_ *Snapshot, err erro
 	if len(o.Keys) > 64 {
 		return nil, fmt.Errorf("%d declared keys, more than 64", len(o.Keys))
 	}
-	s := &Snapshot{o: o, seeds: [2]maphash.Seed{maphash.MakeSeed(), maphash.MakeSeed()}}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, s.Close())
-		}
-	}()
-	if err := s.open(ctx, stores); err != nil {
-		return nil, err
-	}
-	if err := s.load(ctx); err != nil {
-		return nil, err
-	}
-	return s, s.sign(ctx)
+	return &Snapshot{o: o, seeds: [2]maphash.Seed{maphash.MakeSeed(), maphash.MakeSeed()}}, nil
 }
 
 // open takes the snapshots, in the order that makes the two fit: the keep's
 // rows, then its directory (nixdb.ReadUpper), then the system's rows. A row that
 // Nix copied into the keep's database is then seen in the system's, too.
-// The lower comes first in s.stores.
-func (s *Snapshot) open(ctx context.Context, stores []Store) error {
+// The lower comes first in s.stores. Without list the directory is not read: names
+// are looked up in it later.
+func (s *Snapshot) open(ctx context.Context, stores []Store, list bool) error {
 	byLayer := map[graph.Flags]*loading{}
 	for _, st := range stores {
 		if st.Layer != graph.Lower && st.Layer != graph.Upper || byLayer[st.Layer] != nil {
@@ -151,7 +159,7 @@ func (s *Snapshot) open(ctx context.Context, stores []Store) error {
 			return err
 		}
 		s.stores = append([]*loading{l}, s.stores...)
-		if layer == graph.Upper && l.UpperDir != "" {
+		if list && layer == graph.Upper && l.UpperDir != "" {
 			if l.upper, err = nixdb.ReadUpper(l.UpperDir); err != nil {
 				return err
 			}

@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"overkeep/policy/graph"
+	"overkeep/tests/need"
 	"overkeep/tests/storegen"
 )
 
@@ -396,25 +397,25 @@ func TestGenerated(t *testing.T) {
 	}
 }
 
-func TestTwoStores(t *testing.T) {
-	// The upper database: the lower's rows with other ids, some changed, and its own.
-	lower, ls := generate(t, storegen.Options{Paths: 3000, Seed: 1})
-	_, own := generate(t, storegen.Options{Paths: 2000, Seed: 2, Prefix: "own-"})
-	mixed := &storegen.Store{}
+// mixedStore is what a keep's database holds: its own paths, and the first half of
+// the lower's under other ids, some of them changed.
+func mixedStore(ls *storegen.Store) (mixed *storegen.Store, shift int) {
+	own := storegen.Model(storegen.Options{Paths: 2000, Seed: 2, Prefix: "own-"})
+	mixed = &storegen.Store{}
 	for i, p := range own.Paths {
 		p.ID = int64(3*i + 10)
 		mixed.Paths = append(mixed.Paths, p)
 	}
-	shift := int32(len(mixed.Paths))
-	for i, p := range ls.Paths[:1500] {
+	shift = len(mixed.Paths)
+	for i, p := range ls.Paths[:len(ls.Paths)/2] {
 		p.ID = int64(20_000 + 2*i)
 		p.Refs = slices.Clone(p.Refs)
 		for j := range p.Refs {
-			p.Refs[j] += shift
+			p.Refs[j] += int32(shift)
 		}
 		p.Outs = nil
 		if p.Deriver >= 0 {
-			p.Deriver += int(shift)
+			p.Deriver += shift
 		}
 		switch i % 100 {
 		case 1:
@@ -433,32 +434,34 @@ func TestTwoStores(t *testing.T) {
 		}
 		mixed.Paths = append(mixed.Paths, p)
 	}
-	dir := t.TempDir()
-	if err := mixed.Write(t.Context(), dir); err != nil {
-		t.Fatal(err)
-	}
-	upper := filepath.Join(dir, "db.sqlite")
-	stores := []Store{{DB: upper, Layer: graph.Upper}, {DB: lower, Layer: graph.Lower}}
-	l := same(t, stores, nil)
+	return mixed, shift
+}
+
+func TestTwoStores(t *testing.T) {
+	stores, own := twoStores(t)
+	l := same(t, stores, own)
 	if l.Report.Differs < 50 || l.Report.Paths != 5000 {
 		t.Errorf("%+v", l.Report)
 	}
-	// With the upper directory: most of its own, some of the lower's (a duplicate),
-	// some missing, a whiteout, and what is no store path.
-	dir = t.TempDir()
-	has := map[string]bool{}
-	for i, p := range mixed.Paths {
-		if i < int(shift) && i%50 != 0 || i >= int(shift) && i%40 == 0 {
-			has[p.Base] = true
-			if err := os.Mkdir(filepath.Join(dir, p.Base), 0o700); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
-	if err := os.MkdirAll(filepath.Join(dir, ".links"), 0o700); err != nil {
+	same(t, stores[:1], own)
+	stores[0].UpperDir = ""
+	same(t, stores, nil)
+	same(t, stores[:1], nil)
+}
+
+// realDB is the database of real packages that lies beside the repository.
+func realDB(t testing.TB) string {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "db.sqlite")
+	if err := os.WriteFile(file, need.DataZstd(t, "real.sqlite.zst"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	stores[0].UpperDir = dir
-	same(t, stores, has)
-	same(t, stores[:1], has)
+	return file
+}
+
+func TestReal(t *testing.T) {
+	l := same(t, []Store{{DB: realDB(t), Layer: graph.Lower}}, nil)
+	if want := (Report{Paths: 3904, Refs: 27647}); l.Report != want {
+		t.Errorf("%+v, want %+v", l.Report, want)
+	}
 }

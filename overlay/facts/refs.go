@@ -240,45 +240,44 @@ func (s *Snapshot) outs() {
 // databases that have a row.
 func (s *Snapshot) layers() error {
 	g := s.Graph
-	var upper *nixdb.Upper
-	lower := false
+	dir, lower := "", false
+	there := func(id graph.ID) (bool, error) { return nixdb.InUpper(dir, string(g.BaseName(id))) }
 	for _, l := range s.stores {
 		lower = lower || l.Layer == graph.Lower
+		if l.Layer == graph.Upper {
+			dir = l.UpperDir
+		}
 		if l.upper != nil {
-			upper = l.upper
-		}
-	}
-	if upper == nil {
-		for id, f := range g.Flags {
-			if f&graph.LayerMask == graph.LayerMask {
-				g.Flags[id] &^= graph.Upper
+			set := graph.NewBits(g.Len())
+			for name := range l.upper.Names() {
+				if id := s.Index.Base(name); id != graph.NoID {
+					set.Set(id)
+				}
 			}
-		}
-		return nil
-	}
-	there := graph.NewBits(g.Len())
-	for name := range upper.Names() {
-		if id := s.Index.Base(name); id != graph.NoID {
-			there.Set(id)
+			there = func(id graph.ID) (bool, error) { return set.Has(id), nil }
 		}
 	}
 	for i, f := range g.Flags {
 		id := graph.ID(i)
-		switch {
-		case f&graph.Upper == 0:
-		case f&graph.Lower == 0 && there.Has(id):
-		case f&graph.Lower == 0 && lower: // valid for the keep's Nix, and its files are nowhere
-			g.Flags[id] = f&^graph.Upper | graph.Lower | graph.Broken
-		case !there.Has(id):
-			g.Flags[id] = f&^graph.Upper | graph.Lower
-		default: // in both
-			own, err := upper.Own(string(g.BaseName(id)))
-			if err != nil {
-				return err
-			}
-			if !own {
+		both := f&graph.LayerMask == graph.LayerMask
+		if f&graph.Upper == 0 || dir == "" {
+			if both {
 				g.Flags[id] &^= graph.Upper
 			}
+			continue
+		}
+		own, err := there(id)
+		if err == nil && own && both {
+			own, err = nixdb.OwnEntry(dir, string(g.BaseName(id)))
+		}
+		switch {
+		case err != nil:
+			return err
+		case own:
+		case both || !lower:
+			g.Flags[id] = f&^graph.Upper | graph.Lower
+		default: // valid for the keep's Nix, and its files are nowhere
+			g.Flags[id] = f&^graph.Upper | graph.Lower | graph.Broken
 		}
 	}
 	return nil

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"iter"
 	"os"
 	"path/filepath"
@@ -139,14 +140,13 @@ func notCopied(dir, name string) (bool, error) {
 
 // Upper is what lies in a keep's upper directory, by one reading of it.
 type Upper struct {
-	dir   string
 	names []byte // each ends with a slash
 }
 
 // ReadUpper reads the directory. Read the database first: Nix moves a path into
 // place and then registers it, so a row that was seen has its entry.
 func ReadUpper(dir string) (*Upper, error) {
-	u := &Upper{dir: dir}
+	u := &Upper{}
 	d, err := os.Open(dir)
 	if err != nil {
 		return nil, fmt.Errorf("read the upper directory: %w", err)
@@ -169,7 +169,7 @@ func ReadUpper(dir string) (*Upper, error) {
 }
 
 // Names yields every name in it that is no whiteout, in no order. What a name
-// stands for may still have been copied up from the lower: see Own.
+// stands for may still have been copied up from the lower: see OwnEntry.
 func (u *Upper) Names() iter.Seq[[]byte] {
 	return func(yield func([]byte) bool) {
 		for rest := u.names; len(rest) > 0; {
@@ -182,6 +182,18 @@ func (u *Upper) Names() iter.Seq[[]byte] {
 	}
 }
 
-// Own reports whether a name of Names is the keep's own and was not copied up. It
-// asks the file system; only what the lower has, too, can have been copied up.
-func (u *Upper) Own(name string) (bool, error) { return notCopied(u.dir, name) }
+// OwnEntry reports whether a name in an upper directory is the keep's own and was
+// not copied up. Only what the lower has, too, can have been copied up.
+func OwnEntry(dir, name string) (bool, error) { return notCopied(dir, name) }
+
+// InUpper is Names for one name, without reading the directory.
+func InUpper(dir, name string) (bool, error) {
+	st, err := os.Lstat(filepath.Join(dir, name))
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return false, nil
+	case err != nil: // its text would hold a personal name
+		return false, fmt.Errorf("look into the upper directory %q: %w", dir, errors.Unwrap(err))
+	}
+	return st.Mode()&os.ModeCharDevice == 0, nil
+}

@@ -295,6 +295,12 @@ func (s *Snapshot) Paths(ctx context.Context, reader int, lo, hi int64, sigs boo
 	return s.paths(ctx, reader, "where id >= ? and id < ? order by id", []any{lo, hi}, sigs, each)
 }
 
+// Signed calls each for at most n rows of ValidPaths with signatures and an id
+// above after, ascending.
+func (s *Snapshot) Signed(ctx context.Context, after int64, n int, each func(*Row) error) error {
+	return s.paths(ctx, 0, "where id > ? and sigs is not null order by id limit ?", []any{after, int64(n)}, true, each)
+}
+
 const pathColumns = 9
 
 func selectPaths(sigs bool) string {
