@@ -87,6 +87,8 @@ type tally struct {
 	grant, hope, veto, doubt        [blockWords * 64]uint16 // the first line to say so, plus one
 }
 
+var tallies = sync.Pool{New: func() any { return new(tally) }}
+
 // note adds a line that speaks of the paths in set, and remembers it for those that
 // no line before it spoke of.
 func note(all *[blockWords]uint64, first *[blockWords * 64]uint16, w int, set uint64, rule int) {
@@ -128,7 +130,6 @@ func (ix *Index) decide(p *Policy, how reading) *Verdicts {
 	v := &Verdicts{System: graph.NewBits(n), Stats: make([]RuleStat, len(p.Rules)), ix: ix, policy: p,
 		reasons: make([]Reason, n), rules: make([]uint16, n)}
 	var mu sync.Mutex
-	tallies := sync.Pool{New: func() any { return new(tally) }}
 	ix.mu.Lock()
 	ev := ix.evaluate(p.prog, p.conditions())
 	ix.mu.Unlock()
