@@ -31,7 +31,8 @@ var reasonNames = []string{"granted", "not-granted", "grant-unknown", "vetoed", 
 // NoRule stands for no line.
 const NoRule = -1
 
-// RuleStat counts for how many paths a line's condition is yes, and unknown.
+// RuleStat counts for how many paths a line's condition is yes, and for how many it is
+// unknown although the path is believed.
 type RuleStat struct{ Yes, Unknown int }
 
 // Verdicts is the placement of every path of a graph by a policy. It is immutable,
@@ -142,9 +143,10 @@ func (ix *Index) decide(p *Policy, how reading) *Verdicts {
 		defer mu.Unlock()
 		for i := range p.Rules {
 			yes, may := b.at(i)
-			y, m := graph.Bits(yes).Count(), graph.Bits(may).Count()
-			v.Stats[i].Yes += y
-			v.Stats[i].Unknown += m - y
+			for w := range yes {
+				v.Stats[i].Yes += bits.OnesCount64(yes[w])
+				v.Stats[i].Unknown += bits.OnesCount64(may[w] &^ yes[w] &^ ix.bad[b.lo+w])
+			}
 		}
 	})
 	v.close()
