@@ -31,7 +31,8 @@ var reasonNames = []string{"granted", "not-granted", "grant-unknown", "vetoed", 
 // NoRule stands for no line.
 const NoRule = -1
 
-// RuleStat counts for how many paths a line's condition is yes, and unknown.
+// RuleStat counts for how many paths a line's condition is yes, and for how many it is
+// unknown although the path is believed.
 type RuleStat struct{ Yes, Unknown int }
 
 // Verdicts is the placement of every path of a graph by a policy. It is immutable,
@@ -87,6 +88,8 @@ type tally struct {
 	grant, hope, veto, doubt        [blockWords * 64]uint16 // the first line to say so, plus one
 }
 
+var tallies = sync.Pool{New: func() any { return new(tally) }}
+
 // note adds a line that speaks of the paths in set, and remembers it for those that
 // no line before it spoke of.
 func note(all *[blockWords]uint64, first *[blockWords * 64]uint16, w int, set uint64, rule int) {
@@ -128,7 +131,6 @@ func (ix *Index) decide(p *Policy, how reading) *Verdicts {
 	v := &Verdicts{System: graph.NewBits(n), Stats: make([]RuleStat, len(p.Rules)), ix: ix, policy: p,
 		reasons: make([]Reason, n), rules: make([]uint16, n)}
 	var mu sync.Mutex
-	tallies := sync.Pool{New: func() any { return new(tally) }}
 	ix.mu.Lock()
 	ev := ix.evaluate(p.prog, p.conditions())
 	ix.mu.Unlock()
@@ -141,9 +143,10 @@ func (ix *Index) decide(p *Policy, how reading) *Verdicts {
 		defer mu.Unlock()
 		for i := range p.Rules {
 			yes, may := b.at(i)
-			y, m := graph.Bits(yes).Count(), graph.Bits(may).Count()
-			v.Stats[i].Yes += y
-			v.Stats[i].Unknown += m - y
+			for w := range yes {
+				v.Stats[i].Yes += bits.OnesCount64(yes[w])
+				v.Stats[i].Unknown += bits.OnesCount64(may[w] &^ yes[w] &^ ix.bad[b.lo+w])
+			}
 		}
 	})
 	v.close()

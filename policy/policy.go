@@ -30,12 +30,31 @@ type Rule struct {
 	Text      string // the line in canonical form
 
 	cond  int32 // node of Policy.prog
-	words []string
+	expr  *expr
+	scope *scope
 }
 
 // Mentions reports whether the line holds a term ("signed-by") or uses a let, by
 // name, directly or through other lets.
-func (r *Rule) Mentions(word string) bool { return slices.Contains(r.words, word) }
+func (r *Rule) Mentions(word string) bool {
+	seen := map[*let]bool{}
+	todo, root := []*expr{r.expr}, r.Root
+	for len(todo) > 0 {
+		e := todo[len(todo)-1]
+		todo = append(todo[:len(todo)-1], e.kids...)
+		switch {
+		case e.op == opLet && e.arg == word, e.op >= opSigned && e.op <= opBuiltFrom && terms[e.op-opSigned] == word:
+			return true
+		case e.op == opLet:
+			// What a let of root's names is root's, and a user's file cannot change it.
+			if l := r.scope.lookup(e.arg, root); l != nil && !seen[l] {
+				seen[l] = true
+				todo = append(todo, l.cond)
+			}
+		}
+	}
+	return false
+}
 
 // Policy is what Parse made of its sources. It is immutable.
 type Policy struct {
@@ -56,7 +75,6 @@ type parsedFile struct {
 type let struct {
 	*statement
 	root  bool
-	words []string // what it mentions
 	uses  []*let
 	state byte // of the search for cycles
 }
@@ -287,9 +305,6 @@ func (p *Policy) cycles(errs *Errors) {
 
 // compile makes the conditions of all rules into one program.
 func (p *Policy) compile(errs *Errors) {
-	for _, l := range p.prog.order {
-		l.words = words(l.cond, p.scope, l.root)
-	}
 	var uses []*let
 	for _, f := range p.files {
 		for _, s := range f.statements {
@@ -304,41 +319,13 @@ func (p *Policy) compile(errs *Errors) {
 		for _, s := range f.statements {
 			if verb, rule := verbs[s.verb]; rule && c.err == nil {
 				p.Rules = append(p.Rules, Rule{Verb: verb, WhenKnown: s.whenKnown, Root: f.Root, Pos: s.span.pos(), Text: s.text(),
-					cond: c.expr(s.cond, f.Root), words: words(s.cond, p.scope, f.Root)})
+					cond: c.expr(s.cond, f.Root), expr: s.cond, scope: p.scope})
 			}
 		}
 	}
 	if c.err != nil {
 		errs.add(c.err)
 	}
-}
-
-// words lists the terms and lets that a condition mentions, those of its lets too.
-func words(e *expr, s *scope, root bool) (out []string) {
-	seen := map[string]bool{}
-	var walk func(e *expr)
-	walk = func(e *expr) {
-		switch {
-		case e.op == opLet:
-			if l := s.lookup(e.arg, root); l != nil {
-				seen[e.arg] = true
-				for _, w := range l.words {
-					seen[w] = true
-				}
-			}
-		case e.op >= opSigned && e.op <= opBuiltFrom:
-			seen[terms[e.op-opSigned]] = true
-		}
-		for _, kid := range e.kids {
-			walk(kid)
-		}
-	}
-	walk(e)
-	for w := range seen {
-		out = append(out, w)
-	}
-	slices.Sort(out)
-	return out
 }
 
 // Roots are the closure-of targets that only files can resolve: profiles and other

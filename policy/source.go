@@ -193,7 +193,7 @@ func nearest(word string, candidates []string) string {
 	}
 	best, cost := "", 1+max(1, len(word)/3)
 	for _, c := range candidates {
-		if d := distance(strings.ToLower(word), c, cost); d < cost {
+		if d := distance(strings.ToLower(word), c, cost); d < cost && d < len(word) {
 			best, cost = c, d
 		}
 	}

@@ -73,24 +73,20 @@ const maxID = 1 << 40
 const perChunk = 1 << 14
 
 // ranges cuts the ids into about as many ranges as there is work for.
-func (l *loading) ranges() {
+func (l *loading) ranges() (chunks []*chunk) {
 	const most = 256
-	n := uint64(l.hi-l.lo)/perChunk + 1
 	if l.hi < l.lo {
-		return
+		return nil
 	}
-	n = min(n, most)
-	step := uint64(l.hi-l.lo)/n + 1
-	for i := range n {
-		c := &chunk{lo: l.lo + int64(i*step), hi: math.MaxInt64}
-		if i+1 < n {
-			c.hi = l.lo + int64((i+1)*step)
+	span := uint64(l.hi - l.lo) // ids may be anything, as a whole a range of 64 bits
+	step := max(perChunk, span/most+1)
+	for at := uint64(0); ; at += step {
+		c := &chunk{lo: l.lo + int64(at), hi: math.MaxInt64}
+		chunks = append(chunks, c)
+		if span-at < step {
+			return chunks // the last has no bound
 		}
-		l.chunks = append(l.chunks, c)
-		if c.hi > l.hi {
-			c.hi = math.MaxInt64
-			break
-		}
+		c.hi = c.lo + int64(step)
 	}
 }
 
@@ -146,7 +142,7 @@ func (s *Snapshot) load(ctx context.Context) error {
 		if l.lo, l.hi, err = l.snap.Bounds(ctx); err != nil {
 			return err
 		}
-		l.ranges()
+		l.chunks = l.ranges()
 	}
 	prefix := s.o.StoreDir + "/"
 	err := s.together(func(l *loading) error {

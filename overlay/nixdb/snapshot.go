@@ -289,9 +289,12 @@ type Row struct {
 	Wrong            bool   // a value has a type that Nix does not write, or is beyond any bound
 }
 
-// Paths calls each for the rows of ValidPaths with lo <= id < hi, ascending by id.
-// Sigs are only read where asked for.
+// Paths calls each for the rows of ValidPaths with lo <= id < hi, ascending by id;
+// hi = math.MaxInt64 is no upper bound. Sigs are only read where asked for.
 func (s *Snapshot) Paths(ctx context.Context, reader int, lo, hi int64, sigs bool, each func(*Row) error) error {
+	if hi == math.MaxInt64 {
+		return s.paths(ctx, reader, "where id >= ? order by id", []any{lo}, sigs, each)
+	}
 	return s.paths(ctx, reader, "where id >= ? and id < ? order by id", []any{lo, hi}, sigs, each)
 }
 
@@ -371,7 +374,7 @@ func (s *Snapshot) Bounds(ctx context.Context) (lo, hi int64, err error) {
 type Ref = [2]int64
 
 // Refs calls each with the references of referrers lo <= id < hi, ascending by
-// referrer, then reference; hi = math.MaxInt64 has no upper bound and with
+// referrer, then reference; hi = math.MaxInt64 is no upper bound, and with
 // it what is no number is seen, too. A row with what is no number is ErrCorrupt:
 // nobody knows whose reference it is. The slice is valid until each returns.
 func (s *Snapshot) Refs(ctx context.Context, reader int, lo, hi int64, each func([]Ref) error) error {

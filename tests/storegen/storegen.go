@@ -16,6 +16,7 @@ import (
 	"crypto/ed25519"
 	"crypto/sha256"
 	"encoding/base64"
+	"encoding/binary"
 	"fmt"
 	"math"
 	"math/rand/v2"
@@ -115,7 +116,7 @@ func (g *generator) unit() {
 	drv := g.add(name+".drv", uniq(refs))
 	d := &g.paths[drv]
 	d.NarSize = int64(quantile(g.rng, drvSize))
-	d.CA = "text:sha256:" + g.letters(52)
+	d.CA = "text:sha256:" + g.digest()
 	// Some derivations are no longer valid: only their outputs stay, as after a
 	// garbage collection without keep-derivations.
 	gone := g.rng.Float64() < goneShare
@@ -172,7 +173,7 @@ func (g *generator) output(name string, drv int32, orphan string, fixed bool, in
 	}
 	p.Ultimate = g.rng.Float64() < 0.2
 	if fixed {
-		p.CA = "fixed:r:sha256:" + g.letters(52)
+		p.CA = "fixed:r:sha256:" + g.digest()
 	}
 	return id
 }
@@ -181,21 +182,29 @@ func (g *generator) source() int32 {
 	id := g.add(g.name(), nil)
 	p := &g.paths[id]
 	p.NarSize = int64(quantile(g.rng, sourceSize))
-	p.CA = "fixed:r:sha256:" + g.letters(52)
+	p.CA = "fixed:r:sha256:" + g.digest()
 	return id
 }
 
 func (g *generator) add(name string, refs []int32) int32 {
 	i := len(g.paths)
 	p := Path{ID: int64(i + 1), Base: g.letters(32) + "-" + g.o.Prefix + name, Time: 1_700_000_000 + int64(i/40), Deriver: -1, Refs: refs}
-	for j := 0; j < 32; j += 8 {
-		v := g.rng.Uint64()
-		for k := range 8 {
-			p.Hash[j+k] = byte(v >> (8 * k))
-		}
-	}
+	p.Hash = g.hash()
 	g.paths = append(g.paths, p)
 	return int32(i)
+}
+
+func (g *generator) hash() (h [32]byte) {
+	for i := 0; i < len(h); i += 8 {
+		binary.LittleEndian.PutUint64(h[i:], g.rng.Uint64())
+	}
+	return h
+}
+
+// digest is a hash as a content address has it.
+func (g *generator) digest() string {
+	h := g.hash()
+	return base32(h[:])
 }
 
 // pick is an earlier derivation: one of the few that everything needs (a
