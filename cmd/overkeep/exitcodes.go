@@ -30,6 +30,10 @@ const (
 	exitWorkFactor    = 16 // a slot asks for more work than is allowed
 	exitMountPoint    = 17 // something is in the way of the view
 	exitPlugin        = 18 // an age plugin is missing or refused
+	exitPolicy        = 19 // a policy or a file of expectations has a mistake
+	exitRequire       = 20 // a require line of the policy does not hold
+	exitExpectation   = 21 // the policy does not do what is expected of it
+	exitNoPath        = 22 // the stores have no such path
 )
 
 // exitTable is what `overkeep help exit-codes` and the man page show.
@@ -57,6 +61,10 @@ var exitTable = []struct {
 	{exitWorkFactor, "work factor", "A slot asks for more memory and time than is allowed."},
 	{exitMountPoint, "mount point", "Something is in the way where the view wants to mount."},
 	{exitPlugin, "plugin", "An age plugin is missing, or refused."},
+	{exitPolicy, "policy", "The policy, or its expectations, cannot be read: a mistake, with its place."},
+	{exitRequire, "require", "A require line of the policy does not hold."},
+	{exitExpectation, "expectation", "The policy does not do what is expected of it."},
+	{exitNoPath, "no such path", "The stores have no such path."},
 }
 
 // exitOf is the exit code of every code of the library.
@@ -83,6 +91,10 @@ var exitOf = map[keep.Code]int{
 	keep.CodeUnconfirmed: exitAborted,
 	keep.CodeBusyRun:     exitInUse,
 	keep.CodePlugin:      exitPlugin,
+	codePolicy:           exitPolicy,
+	codeRequire:          exitRequire,
+	codeExpectation:      exitExpectation,
+	codeNoPath:           exitNoPath,
 }
 
 // exitLines renders the given codes, or all of them, one a line.

@@ -11,6 +11,7 @@ import (
 func helpTopics() []*cobra.Command {
 	return []*cobra.Command{
 		{Use: "concepts", Short: "Keep, slot, view, lock with proof: the words and what they promise", Long: conceptsText},
+		{Use: "policy", Short: "The language that says what is private", Long: policyText},
 		{Use: "recovery", Short: "When the passphrase, the machine or overkeep is gone", Long: recoveryText},
 		{Use: "scripting", Short: "JSON, descriptors for secrets, and no questions", Long: scriptingText},
 		{Use: "exit-codes", Short: "What each exit code means", Long: "Exit codes. A number means one thing for good and is never used for another.\n\n" +
@@ -111,6 +112,42 @@ asks for no secret.
 
 ENVIRONMENT. OVERKEEP_ROOT is the default of --root. NO_COLOR and TERM=dumb turn
 colour off. sudo drops OVERKEEP_ROOT: give --root.`
+
+const policyText = `A policy is lines. "system" lines grant, "personal" lines veto, and what nothing
+grants is personal. A system path refers to system paths only. The order of lines
+and files means nothing. Root's policy may grant; a keep's own file may only veto.
+
+    # a comment
+    key cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=
+    let boot = closure-of /run/current-system
+    system   signed-by cache.nixos.org-1 or boot
+    personal name "*-acme-*"
+    personal built-here and built-from (name "*-acme-*")
+    personal unfree when known
+    require  system boot
+
+CONDITIONS are put together with and, or, not and ( ), out of:
+
+    signed-by KEY        a signature by that declared key, verified
+    unsigned             no declared key's signature verifies
+    built-here           it was built on this machine
+    kind KIND            source, derivation, output or fixed-output
+    name GLOB            its name, without the hash
+    licence GLOB         as far as it was recorded
+    unfree               as far as it was recorded
+    from GLOB            the URL of the flake input or download it is
+    larger-than SIZE     64K, 2G: its size as a NAR
+    closure-of WHAT      what a store path, profile or name needs to run
+    depends-on (COND)    needs such a path to run
+    built-from (COND)    such a path went into its build, even if no reference remains
+
+UNKNOWN. Not every fact is known of every path. A grant counts only on yes; a veto
+counts on yes and on unknown. "when known" at the end of a veto lets the unknown
+pass, for that line.
+
+REQUIRE moves nothing: "policy check" ends with 20 if such a path would be personal.
+
+EXPECTATIONS stand beside a policy (policy.test) and are checked by "policy test".`
 
 // manList turns the lines of exitLines into a list that cobra/doc's Markdown keeps.
 func manList(lines string) string {

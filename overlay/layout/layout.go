@@ -83,6 +83,12 @@ func CheckRoot(root string) (string, error) {
 // ConfigFile is the machine's settings, public.
 func ConfigFile(root string) string { return filepath.Join("/", root, "etc/overkeep/config.toml") }
 
+// PolicyFile is root's policy, public.
+func PolicyFile(root string) string { return filepath.Join("/", root, "etc/overkeep/policy") }
+
+// PolicyDir holds root's drop-ins, *.policy.
+func PolicyDir(root string) string { return PolicyFile(root) + ".d" }
+
 // StateRoot holds one directory for every keep.
 func StateRoot(root string) string { return filepath.Join("/", root, "var/lib/overkeep") }
 
@@ -163,6 +169,9 @@ func (k Keep) Work() string        { return k.in("store/work") }
 func (k Keep) NixState() string    { return k.in("nix") }
 func (k Keep) NixDB() string       { return k.in("nix/db") }
 func (k Keep) Log() string         { return k.in("log") }
+func (k Keep) Policy() string      { return k.in("policy") }     // the user's drop-ins, *.policy
+func (k Keep) Provenance() string  { return k.in("provenance") } // recorded origins
+func (k Keep) Facts() string       { return k.in("facts") }      // what was found out and may be found out again
 func (k Keep) Builds() string      { return k.in("builds") }
 func (k Keep) DaemonHome() string  { return k.in("daemon") }
 func (k Keep) Tmp() string         { return k.in("tmp") }

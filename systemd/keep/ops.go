@@ -219,7 +219,7 @@ func (c *call) outerFull(err error) error {
 }
 
 // innerNames are the top-level names of a volume's plaintext.
-var innerNames = []string{"keep.json", "store", "nix", "log", "builds", "daemon", "tmp", "home"}
+var innerNames = []string{"keep.json", "store", "nix", "log", "builds", "daemon", "tmp", "home", "policy", "provenance", "facts"}
 
 // populate lays out an empty volume.
 func (c *call) populate(epoch uint64) error {
@@ -241,6 +241,9 @@ func (c *call) populate(epoch uint64) error {
 		{k.Log(), 0o755, 0, 0},
 		{k.Builds(), 0o755, 0, 0},
 		{k.DaemonHome(), 0o700, 0, 0},
+		{k.Policy(), 0o700, u.UID, u.GID},
+		{k.Provenance(), 0o700, 0, 0},
+		{k.Facts(), 0o700, 0, 0},
 		{k.Tmp(), 0o700, u.UID, u.GID},
 		{k.Home(""), 0o755, 0, 0},
 		{k.Home("cache"), 0o700, u.UID, u.GID},

@@ -24,7 +24,7 @@ var guarded = map[string][]string{
 	"golang.org/x/sys/unix": {
 		"cmd/...", "crypt/crashpoint", "crypt/secret", "crypt/slot", "crypt/volume",
 		"overlay/holder", "overlay/lower", "overlay/nixdb", "overlay/pins", "overlay/provenance", "overlay/roots",
-		"overlay/signature", "overlay/view",
+		"overlay/signature", "overlay/verdict", "overlay/view",
 		"systemd/doctor", "systemd/keep", "tests/...",
 	},
 	"syscall":                     {"cmd/...", "crypt/crashpoint", "systemd/keep", "tests/..."},

@@ -1,0 +1,77 @@
+package main
+
+import (
+	"errors"
+	"io/fs"
+	"path"
+	"strings"
+
+	"overkeep/overlay/facts"
+	"overkeep/overlay/layout"
+	"overkeep/overlay/nixdb"
+	"overkeep/overlay/verdict"
+	"overkeep/policy"
+	"overkeep/systemd/keep"
+)
+
+// What can go wrong with policies, beside the codes of systemd/keep.
+const (
+	codePolicy      keep.Code = "policy"
+	codeRequire     keep.Code = "require"
+	codeExpectation keep.Code = "expectation"
+	codeNoPath      keep.Code = "no-such-path"
+)
+
+var policyCodes = []keep.Code{codePolicy, codeRequire, codeExpectation, codeNoPath}
+
+// explainPolicy is explain for what decides; nil where err is of another kind.
+func explainPolicy(err error, h here) *problem {
+	var (
+		text   *policy.Errors
+		source *verdict.SourceError
+		noPath *pathError
+		file   *fs.PathError
+	)
+	switch {
+	case errors.As(err, &text):
+		return &problem{Code: codePolicy, Message: text.Detail(), Name: text.List[0].Source, Remedy: policyRemedy(text.List[0].Source, h)}
+	case errors.As(err, &source):
+		p := &problem{Code: codePolicy, Message: source.Error(), Name: source.Path}
+		p.Remedy = []remedy{{"See what it is:", "ls -l " + quoteWord(source.Path)}}
+		return p
+	case errors.As(err, &noPath):
+		p := &problem{Code: codeNoPath, Message: noPath.Error(), Name: noPath.word}
+		pattern := "*" + path.Base(noPath.word) + "*"
+		p.Remedy = []remedy{{"Look for a part of the name:", h.command("list", "--where", "name \""+pattern+"\"")}}
+		return p
+	case errors.Is(err, nixdb.ErrMissing):
+		return &problem{Code: keep.CodeNoNix, Message: err.Error(), Remedy: []remedy{{"What the machine has of Nix:", h.command("doctor")}}}
+	case errors.Is(err, nixdb.ErrCorrupt):
+		return &problem{Code: keep.CodeDamaged, Message: err.Error(), Remedy: []remedy{{"Let Nix look at it:", "nix-store --verify"}}}
+	case errors.Is(err, nixdb.ErrSchema), errors.Is(err, facts.ErrTooLarge):
+		return &problem{Code: keep.CodeUnsupported, Message: err.Error(), Remedy: []remedy{{"What the machine has of Nix:", h.command("doctor")}}}
+	case errors.Is(err, nixdb.ErrBusy):
+		return &problem{Code: keep.CodeBusyRun, Message: err.Error(), Remedy: []remedy{{"Once more:", h.again()}}}
+	case errors.Is(err, nixdb.ErrUnreadable), errors.As(err, &file) && errors.Is(err, fs.ErrPermission):
+		h.sudo = true
+		return &problem{Code: keep.CodeNotRoot, Message: err.Error(), Remedy: []remedy{{"The same as root:", h.again()}}}
+	}
+	return nil
+}
+
+// policyRemedy is the command that opens a policy file with a mistake.
+func policyRemedy(name string, h here) []remedy {
+	root := layout.PolicyFile(h.root)
+	switch {
+	case !strings.HasPrefix(name, "/"):
+		return []remedy{{"How the language goes:", "overkeep help policy"}}
+	case name == root || strings.HasPrefix(name, layout.PolicyDir(h.root)+"/"):
+		h.sudo = true
+		args := []string{"policy", "edit"}
+		if name != root {
+			args = append(args, path.Base(name))
+		}
+		return []remedy{{"Mend it:", h.command(args...)}}
+	}
+	return []remedy{{"Mend it, and look again:", h.again()}}
+}

@@ -1,0 +1,187 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"os"
+	"slices"
+
+	"github.com/spf13/cobra"
+
+	"overkeep/overlay/facts"
+	"overkeep/overlay/layout"
+	"overkeep/overlay/verdict"
+	"overkeep/overlay/view"
+	"overkeep/policy"
+	"overkeep/policy/graph"
+	"overkeep/systemd/keep"
+)
+
+// sight is what a command that decides looks at: which stores, by which policy.
+//
+// An open keep can be read in its view only, so the command runs once more in there,
+// with --in-view. Without a keep, or with a locked one, it speaks of the system store
+// alone, and says so.
+type sight struct {
+	keep     string
+	policies []string
+	dbs      []string
+	origins  string
+	inView   string
+
+	// Found by find.
+	input   verdict.Input
+	of      *layout.Keep // whose view this is; nil: the system store alone
+	sources []policy.Source
+	only    string // why the keep is not in it, "" if it is
+}
+
+func (s *sight) add(a *app, cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.StringVar(&s.keep, "keep", "", "the `KEEP` whose paths and policy count, too (default: yours, if it is open)")
+	f.StringArrayVar(&s.policies, "policy", nil, "decide by this `FILE`, as if it were root's, instead of the policies that are in force; may be repeated")
+	f.StringArrayVar(&s.dbs, "db", nil, "read this Nix database `FILE` as the system store instead of the machine's stores")
+	f.StringVar(&s.inView, "in-view", "", "")
+	_ = f.MarkHidden("in-view")
+	_ = cmd.RegisterFlagCompletionFunc("keep", func(c *cobra.Command, _ []string, part string) ([]string, cobra.ShellCompDirective) {
+		return a.completeKeep(c, nil, part)
+	})
+}
+
+// find settles what is looked at; it does not come back where the command has to
+// run in the view of a keep.
+func (s *sight) find(a *app) error {
+	if err := s.place(a); err != nil {
+		return err
+	}
+	var err error
+	if len(s.policies) == 0 {
+		s.sources, err = verdict.PolicySources(a.root, s.of)
+		return err
+	}
+	for _, f := range s.policies {
+		src, err := verdict.PolicyFile(f, true)
+		if err != nil {
+			return usagef("%v", err)
+		}
+		s.sources = append(s.sources, src)
+	}
+	return nil
+}
+
+func (s *sight) place(a *app) error {
+	if len(s.dbs) > 1 {
+		return usagef("one --db at a time")
+	}
+	if len(s.dbs) == 1 {
+		if s.keep != "" {
+			return usagef("--db is another machine's store: it goes without --keep")
+		}
+		s.input = verdict.Input{Root: "/", Stores: []facts.Store{{DB: s.dbs[0], Layer: graph.Lower}}}
+		s.only = "another machine's database"
+		return nil
+	}
+	name, err := s.viewOf(a)
+	if err != nil {
+		return err
+	}
+	if name == "" {
+		s.input = verdict.System("/") // the Nix store itself is not moved by --root
+		return nil
+	}
+	k, err := layout.New(a.root, name)
+	if err != nil {
+		return err
+	}
+	a.keep, s.of, s.input = name, &k, verdict.View(k)
+	return nil
+}
+
+// viewOf names the keep in whose view this process is, or becomes a process there.
+func (s *sight) viewOf(a *app) (string, error) {
+	inside, err := view.Inside()
+	if err != nil {
+		return "", err
+	}
+	if inside {
+		if s.inView != "" {
+			return s.inView, nil
+		}
+		// Set for all that runs in a view (overlay/view.Environment).
+		name := os.Getenv("OVERKEEP_KEEP")
+		if s.keep != "" && s.keep != name {
+			return "", usagef("this is the view of keep %q: leave it to ask about %q", name, s.keep)
+		}
+		return name, nil
+	}
+	if s.inView != "" {
+		return "", &keep.Error{Code: keep.CodeLocked, Name: s.inView, Message: "this is not the view of keep \"" + s.inView + "\""}
+	}
+	if s.keep == "" && os.Geteuid() != 0 {
+		s.only = "a keep is read as root, or in its view"
+		return "", nil
+	}
+	k, err := a.open(s.keep)
+	if err != nil {
+		var e *keep.Error
+		if s.keep == "" && errors.As(err, &e) && (e.Code == keep.CodeNoKeep || e.Code == keep.CodeUsage) {
+			s.only, a.keep = "no keep was named", ""
+			return "", nil
+		}
+		return "", err
+	}
+	if err := needRoot(); err != nil {
+		return "", err
+	}
+	line := append([]string{a.exe}, a.line...)
+	if a.root != "" && !hasFlag(a.line, "root") {
+		line = append(line, "--root="+a.root)
+	}
+	err = k.Exec(slices.Insert(line, 1+len(a.verb), "--in-view="+k.Name), true)
+	var e *keep.Error
+	if s.keep == "" && errors.As(err, &e) && e.Code == keep.CodeLocked {
+		s.only = "keep " + k.Name + " is locked"
+		return "", nil
+	}
+	return "", err
+}
+
+// load parses the policies in force and loads what they need.
+func (s *sight) load(ctx context.Context, a *app, more ...*policy.Policy) (*policy.Policy, *verdict.World, error) {
+	p, err := policy.Parse(s.sources...)
+	if err != nil {
+		return nil, nil, err
+	}
+	a.ui.progress("reading the stores")
+	w, err := verdict.Load(ctx, s.input, append(more, p)...)
+	if err != nil {
+		return nil, nil, err
+	}
+	return p, w, nil
+}
+
+// remarks are what a reader has to know beside a verdict.
+func (s *sight) remarks(a *app, w *verdict.World) {
+	if s.only != "" && len(s.dbs) == 0 {
+		a.ui.note("this is the system store alone: %s", s.only)
+	}
+	if len(s.sources) == 0 {
+		a.ui.note("there is no policy, so everything is personal; make one: %s", a.here().command("policy", "init"))
+	}
+	for _, n := range w.Notes {
+		a.ui.note("%s", n)
+	}
+}
+
+// scope says in a report which stores it speaks of.
+type scope struct {
+	Keep string `json:"keep,omitempty"` // whose personal store is in it
+	Only string `json:"only,omitempty"` // why there is none
+}
+
+func (s *sight) scope() scope {
+	if s.of != nil {
+		return scope{Keep: s.of.Name}
+	}
+	return scope{Only: s.only}
+}

@@ -1,0 +1,136 @@
+package verdict
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"overkeep/overlay/drv"
+	"overkeep/overlay/provenance"
+	"overkeep/overlay/roots"
+	"overkeep/policy"
+	"overkeep/policy/graph"
+)
+
+// addRoots resolves what closure-of names on disk. What cannot be resolved stays
+// unknown; policy.Report says so.
+func (w *World) addRoots(ctx context.Context, in Input, policies []*policy.Policy) error {
+	w.Graph.Roots = map[string]graph.Root{}
+	r := roots.Resolver{Root: in.Root, StoreDir: in.StoreDir}
+	for _, p := range policies {
+		for _, target := range p.Roots() {
+			if _, done := w.Graph.Roots[target]; done {
+				continue
+			}
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			found, err := r.Resolve(target)
+			if err == nil {
+				var root graph.Root
+				root, err = found.Graph(func(base string) (graph.ID, bool) {
+					id := w.Index.Base([]byte(base))
+					return id, id != graph.NoID
+				})
+				w.Graph.Roots[target] = root
+			}
+			if err != nil {
+				w.note("closure-of is unknown: %v", err)
+			}
+			if found.Anyone || len(found.Writers) > 0 {
+				w.note("closure-of %s: others than root decide where it leads (%s)", target, writers(found))
+			}
+		}
+	}
+	return nil
+}
+
+func writers(r roots.Result) string {
+	if r.Anyone {
+		return "a directory on the way is open to others"
+	}
+	var uids []string
+	for _, u := range r.Writers {
+		uids = append(uids, fmt.Sprint(u))
+	}
+	return "uid " + strings.Join(uids, ", ")
+}
+
+// addOrigins fills in what was recorded of where paths came from, and what the
+// derivations of fixed outputs say themselves.
+func (w *World) addOrigins(in Input, policies []*policy.Policy) error {
+	if !needs(policies).Origins {
+		return nil
+	}
+	g := w.Graph
+	known := map[graph.ID]graph.Origin{}
+	if in.Origins != "" {
+		store, err := provenance.Open(in.Origins)
+		switch {
+		case errors.Is(err, fs.ErrNotExist), errors.Is(err, fs.ErrPermission):
+			w.note("recorded origins cannot be read here, so they are unknown")
+		case err != nil:
+			return fmt.Errorf("recorded origins: %w", err)
+		default:
+			for base, o := range store.All() {
+				if id := w.Index.Base([]byte(base)); id != graph.NoID {
+					known[id] = o
+				}
+			}
+			if n := store.Damaged(); n > 0 {
+				w.note("%d recorded origins cannot be read", n)
+			}
+		}
+	}
+	w.fromDerivations(in, known)
+	if len(known) == 0 {
+		return nil
+	}
+	g.Origin = make([]int32, g.Len())
+	for i := range g.Origin {
+		g.Origin[i] = -1
+	}
+	for id, o := range known {
+		g.Origin[id] = int32(len(g.Origins))
+		g.Origins = append(g.Origins, o)
+	}
+	return nil
+}
+
+// fromDerivations adds the URLs that a derivation names for an output whose content
+// it fixes by hash. A derivation that cannot be read makes its outputs broken: what
+// went into them is not known.
+func (w *World) fromDerivations(in Input, known map[graph.ID]graph.Origin) {
+	g, dir := w.Graph, storeDir(in)
+	for i := range g.Len() {
+		id := graph.ID(i)
+		if g.Flags[id]&graph.FixedOutput == 0 || g.Deriver[id] == graph.NoID {
+			continue
+		}
+		path := g.Path(g.Deriver[id])
+		b, err := os.ReadFile(filepath.Join("/", in.Root, path))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // valid in a database whose files are elsewhere, as with --db
+		}
+		var d *drv.Derivation
+		if err == nil {
+			d, err = drv.ParseAt(dir, path, b)
+		}
+		if err != nil {
+			w.note("%s cannot be read: %v", path, err)
+			g.Flags[id] |= graph.Broken
+			continue
+		}
+		for _, r := range provenance.Derivation(dir, d) {
+			if of := w.Index.Base([]byte(r.Path)); of != graph.NoID {
+				o := known[of]
+				o.From = append(o.From, r.From...)
+				known[of] = o
+			}
+		}
+	}
+}
