@@ -47,7 +47,7 @@ type Verdicts struct {
 	rules   []uint16 // the line that decided, plus one
 }
 
-// Decide orders and decides a graph once; see Index.Decide for more than once.
+// Decide indexes and decides a graph once; see Index.Decide for more than once.
 func Decide(g *graph.Graph, p *Policy) (*Verdicts, error) {
 	ix, err := NewIndex(g)
 	if err != nil {
@@ -192,34 +192,17 @@ func (v *Verdicts) place(t *tally, b *block) {
 	}
 }
 
-// close takes out of System what refers to something outside. In the order of
-// references one pass does, and the paths of a cycle stay or go together.
+// close takes out of System what refers, by whatever way, to something that is no
+// candidate. The paths of a cycle stay or go together.
 func (v *Verdicts) close() {
-	g := v.ix.g
-	v.ix.refs.each(func(scc []int32) {
-		closed := true
-		for _, id := range scc {
-			closed = closed && v.System.Has(id)
-		}
-		if closed && len(scc) == 1 {
-			for _, r := range g.References(scc[0]) {
-				closed = closed && v.System.Has(r) // itself is, so far
-			}
-		} else if closed {
-			for _, id := range scc {
-				for _, r := range g.References(id) {
-					closed = closed && v.System.Has(r)
-				}
-			}
-		}
-		if closed {
-			return
-		}
-		for _, id := range scc {
-			if v.System.Has(id) {
-				v.System[id>>6] &^= 1 << (uint(id) & 63)
-				v.reasons[id] = Reference
-			}
-		}
-	})
+	personal := graph.NewBits(len(v.reasons))
+	for i, w := range v.System {
+		personal[i] = ^w
+	}
+	v.ix.trim(0, personal, personal)
+	v.ix.spread(personal, graph.NewBits(len(v.reasons)))
+	for i, w := range personal {
+		graph.Bits{v.System[i] & w}.Each(func(bit graph.ID) { v.reasons[graph.ID(i*64)+bit] = Reference })
+		v.System[i] &^= w
+	}
 }

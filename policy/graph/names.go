@@ -63,6 +63,30 @@ func NewReverse(g *Graph) *Reverse { return turn(g.Len(), g.RefOff, g.Refs) }
 // path as their output.
 func NewMakers(g *Graph) *Reverse { return turn(g.Len(), g.OutOff, g.Outs) }
 
+// NewMade turns the derivers of a valid graph round: which paths name a derivation as
+// theirs.
+func NewMade(g *Graph) *Reverse {
+	n := g.Len()
+	r := &Reverse{Off: make([]uint32, n+1)}
+	for _, d := range g.Deriver {
+		if d != NoID {
+			r.Off[d+1]++
+		}
+	}
+	for i := range n {
+		r.Off[i+1] += r.Off[i]
+	}
+	r.From = make([]ID, r.Off[n])
+	for id, d := range g.Deriver {
+		if d != NoID {
+			r.From[r.Off[d]] = ID(id)
+			r.Off[d]++
+		}
+	}
+	r.rewind()
+	return r
+}
+
 func turn(n int, off []uint32, to []ID) *Reverse {
 	r := &Reverse{make([]uint32, n+1), make([]ID, len(to))}
 	for _, t := range to {
@@ -77,9 +101,15 @@ func turn(n int, off []uint32, to []ID) *Reverse {
 			r.Off[t]++
 		}
 	}
+	r.rewind()
+	return r
+}
+
+// rewind undoes the counting that filling did: every offset had become the next.
+func (r *Reverse) rewind() {
+	n := len(r.Off) - 1
 	copy(r.Off[1:], r.Off[:n])
 	r.Off[0] = 0
-	return r
 }
 
 // To are the paths that point at one, itself included where it does.
