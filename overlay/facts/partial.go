@@ -21,7 +21,13 @@ type Need struct {
 	// Build asks for where the paths come from: the derivations that made them, all
 	// that those derivations need, what was built of it, and so on.
 	Build bool
+	// Most ends the search with ErrMany when it has found more paths than that: to
+	// load all is then faster. 0: no end.
+	Most int
 }
+
+// ErrMany: more paths are needed than Need.Most.
+var ErrMany = errors.New("many paths are needed")
 
 // LoadFor reads what is needed to judge the targets (whole store paths), at a cost
 // that depends on the answer and not on the store. What it reads is closed: every
@@ -60,7 +66,7 @@ func LoadFor(ctx context.Context, stores []Store, targets []string, need Need, o
 			}
 		}
 	}
-	if err := p.follow(ctx); err != nil {
+	if err := p.follow(ctx, need.Most); err != nil {
 		return nil, err
 	}
 	p.join()
@@ -169,8 +175,11 @@ func (p *partial) learn(id graph.ID, k int, r *nixdb.Row) {
 }
 
 // follow adds, from every path on, what is needed of it.
-func (p *partial) follow(ctx context.Context) error {
+func (p *partial) follow(ctx context.Context, most int) error {
 	for id := graph.ID(0); int(id) < len(p.g.Flags); id++ {
+		if most > 0 && len(p.g.Flags) > most {
+			return ErrMany
+		}
 		for k, src := range p.from {
 			if src.row[id] == noRow {
 				continue
