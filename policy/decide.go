@@ -195,12 +195,12 @@ func (v *Verdicts) place(t *tally, b *block) {
 // close takes out of System what refers, by whatever way, to something that is no
 // candidate. The paths of a cycle stay or go together.
 func (v *Verdicts) close() {
-	personal := graph.NewBits(len(v.reasons))
+	personal, own := graph.NewBits(len(v.reasons)), graph.NewBits(len(v.reasons))
 	for i, w := range v.System {
-		personal[i] = ^w
+		own[i] = ^w
 	}
-	v.ix.trim(0, personal, personal)
-	v.ix.spread(personal, graph.NewBits(len(v.reasons)))
+	v.ix.trim(0, own, own)
+	v.ix.spread(personal, own, graph.NewBits(len(v.reasons)))
 	for i, w := range personal {
 		graph.Bits{v.System[i] & w}.Each(func(bit graph.ID) { v.reasons[graph.ID(i*64)+bit] = Reference })
 		v.System[i] &^= w

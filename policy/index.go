@@ -40,12 +40,11 @@ func NewIndex(g *graph.Graph) (*Index, error) {
 // Graph is the graph that was indexed.
 func (ix *Index) Graph() *graph.Graph { return ix.g }
 
-// spread adds to a set all paths that refer to one in it, and so on. What refers to
-// one and is in deaf takes nothing on. Every path is looked at once, whatever the
-// cycles.
-func (ix *Index) spread(set, deaf graph.Bits) {
-	queue := make([]graph.ID, 0, set.Count())
-	set.Each(func(id graph.ID) { queue = append(queue, id) })
+// spread adds to a set all paths that refer to one in fresh, and so on, and fresh
+// itself. What is in the set already has been there. What refers to one and is in
+// deaf takes nothing on. Every path is looked at once, whatever the cycles.
+func (ix *Index) spread(set, fresh, deaf graph.Bits) {
+	queue := admit(set, fresh)
 	for len(queue) > 0 {
 		id := queue[len(queue)-1]
 		queue = queue[:len(queue)-1]
@@ -56,4 +55,15 @@ func (ix *Index) spread(set, deaf graph.Bits) {
 			}
 		}
 	}
+}
+
+// admit adds to a set what is fresh, and returns what it did not have. The set may
+// be of more than fresh.
+func admit(set, fresh graph.Bits) (queue []int32) {
+	for i, w := range fresh {
+		w &^= set[i]
+		set[i] |= w
+		graph.Bits{w}.Each(func(bit int32) { queue = append(queue, int32(i*64)+bit) })
+	}
+	return queue
 }
