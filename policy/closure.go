@@ -216,6 +216,10 @@ func union(a, b graph.Bits) graph.Bits {
 func (ix *Index) flood(f *flow, set, fresh graph.Bits) {
 	g := ix.g
 	queue := admit(set, fresh)
+	if len(queue) == 0 {
+		return
+	}
+	from := ix.from()
 	add := func(v int32) {
 		if !set.Has(v) {
 			set.Set(v)
@@ -229,7 +233,7 @@ func (ix *Index) flood(f *flow, set, fresh graph.Bits) {
 		isDrv := f.number[id] >= 0
 		switch {
 		case v < f.n: // a path: what refers to it, and what used the derivation it is an output of
-			for _, r := range ix.from.To(id) {
+			for _, r := range from.To(id) {
 				if ix.bad.Has(r) {
 					continue
 				}
@@ -259,7 +263,7 @@ func (ix *Index) flood(f *flow, set, fresh graph.Bits) {
 				}
 			}
 		default: // an input: the buildings that used it
-			for _, r := range ix.from.To(id) {
+			for _, r := range from.To(id) {
 				if f.number[r] >= 0 && !ix.bad.Has(r) {
 					add(f.building(r))
 				}
