@@ -533,7 +533,7 @@ func TestDocumentation(t *testing.T) {
 	}
 	policy, expect, _ := strings.Cut(string(doc), "\n## Expectations\n")
 	blocks := func(text string) string {
-		return regexp.MustCompile(`(?m)^[^ \n].*$`).ReplaceAllString(text, "")
+		return regexp.MustCompile(`(?m)^ {0,3}\S.*$`).ReplaceAllString(text, "")
 	}
 	p := mustParse(t, Source{"docs/POLICY.md", []byte(blocks(policy)), true})
 	if len(p.Rules) < 8 {
