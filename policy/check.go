@@ -230,10 +230,11 @@ func (v *Verdicts) leastRanks(least []float32, order []graph.ID) {
 
 // pulls counts the paths that a personal path drags along. It leaves seen empty.
 func (v *Verdicts) pulls(id graph.ID, seen graph.Bits) (t Total) {
+	from := v.ix.from()
 	queue := []graph.ID{id}
 	seen.Set(id)
 	for i := 0; i < len(queue); i++ {
-		for _, r := range v.ix.from.To(queue[i]) {
+		for _, r := range from.To(queue[i]) {
 			if v.reasons[r] == Reference && !seen.Has(r) {
 				seen.Set(r)
 				queue = append(queue, r)

@@ -62,12 +62,10 @@ func (ix *Index) settle(yes, may graph.Bits, unsure bool) *column {
 // dependsOn says for every path whether its runtime closure, itself included, holds
 // one for which the condition is yes.
 func (ix *Index) dependsOn(cond *column) *column {
-	yes, may := slices.Clone(cond.yes), slices.Clone(cond.may)
-	for i := range may {
-		may[i] |= ix.bad[i]
-	}
-	ix.spread(yes, ix.bad)
-	ix.spread(may, ix.bad)
+	yes := graph.NewBits(ix.g.Len())
+	ix.spread(yes, cond.yes, ix.bad)
+	may := slices.Clone(yes) // what is yes has spread
+	ix.spread(may, union(cond.may, ix.bad), ix.bad)
 	return ix.settle(yes, may, false)
 }
 
@@ -205,12 +203,23 @@ func (f *flow) origin(g *graph.Graph, id graph.ID) graph.Tri {
 	return graph.Unknown
 }
 
-// flood adds to a set of nodes all that flow leads to from one in it: the arrows of
-// flows, the other way round.
-func (ix *Index) flood(f *flow, set graph.Bits) {
+func union(a, b graph.Bits) graph.Bits {
+	out := slices.Clone(a)
+	for i := range out {
+		out[i] |= b[i]
+	}
+	return out
+}
+
+// flood adds to a set of nodes all that flow leads to from one in fresh, and fresh
+// itself: the arrows of flows, the other way round.
+func (ix *Index) flood(f *flow, set, fresh graph.Bits) {
 	g := ix.g
-	queue := make([]int32, 0, set.Count())
-	set.Each(func(v int32) { queue = append(queue, v) })
+	queue := admit(set, fresh)
+	if len(queue) == 0 {
+		return
+	}
+	from := ix.from()
 	add := func(v int32) {
 		if !set.Has(v) {
 			set.Set(v)
@@ -224,7 +233,7 @@ func (ix *Index) flood(f *flow, set graph.Bits) {
 		isDrv := f.number[id] >= 0
 		switch {
 		case v < f.n: // a path: what refers to it, and what used the derivation it is an output of
-			for _, r := range ix.from.To(id) {
+			for _, r := range from.To(id) {
 				if ix.bad.Has(r) {
 					continue
 				}
@@ -254,7 +263,7 @@ func (ix *Index) flood(f *flow, set graph.Bits) {
 				}
 			}
 		default: // an input: the buildings that used it
-			for _, r := range ix.from.To(id) {
+			for _, r := range from.To(id) {
 				if f.number[r] >= 0 && !ix.bad.Has(r) {
 					add(f.building(r))
 				}
@@ -278,30 +287,23 @@ func (ix *Index) builtFrom(cond *column) *column {
 			doubt.Set(id)
 		}
 	}
-	mayBase := slices.Clone(cond.may)
-	for i := range mayBase {
-		mayBase[i] |= ix.bad[i]
-	}
-	// from is where a set of paths (and, as derivations, of buildings) flows to, without
-	// the paths that only hold themselves.
-	from := func(base, more graph.Bits) graph.Bits {
-		set := graph.NewBits(int(f.n + 2*f.k))
-		own := graph.NewBits(n)
-		for i := range own {
-			own[i] = base[i] | more[i]
-		}
-		copy(set, own)
+	size := int(f.n + 2*f.k)
+	set := graph.NewBits(size)
+	// pour lets flow what is in base, as a path or a derivation that is built, and what
+	// is in more as a path only. It returns the paths into which something flowed that
+	// is not only themselves.
+	pour := func(base, more graph.Bits) graph.Bits {
+		own := union(base, more)
+		fresh := graph.NewBits(size)
+		copy(fresh, own)
 		for _, d := range f.drv {
 			if base.Has(d) {
-				set.Set(f.building(d))
+				fresh.Set(f.building(d))
 			}
 		}
-		ix.flood(f, set)
+		ix.flood(f, set, fresh)
 		out := graph.NewBits(n)
-		copy(out, set[:len(out)])
-		if rest := uint(n % 64); rest != 0 {
-			out[len(out)-1] &= 1<<rest - 1
-		}
+		copy(out, set)
 		own.Each(func(id graph.ID) {
 			held := false
 			ix.sources(f, id, func(v int32) bool {
@@ -312,9 +314,11 @@ func (ix *Index) builtFrom(cond *column) *column {
 				out[id>>6] &^= 1 << (uint(id) & 63)
 			}
 		})
+		ix.trim(0, out, out)
 		return out
 	}
-	yes, may := from(cond.yes, graph.NewBits(n)), from(mayBase, doubt)
+	yes := pour(cond.yes, graph.NewBits(n))
+	may := pour(union(cond.may, ix.bad), doubt) // into what is yes already
 	for id := range graph.ID(n) {
 		bit := uint64(1) << (uint(id) & 63)
 		switch origin(id) {

@@ -102,9 +102,10 @@ func (v *Verdicts) Causes() *Causes {
 			queue = append(queue, id)
 		}
 	}
+	from := v.ix.from()
 	for i := 0; i < len(queue); i++ {
 		id := queue[i]
-		for _, r := range v.ix.from.To(id) {
+		for _, r := range from.To(id) {
 			if v.reasons[r] == Reference && c.cause[r] == graph.NoID {
 				c.next[r], c.cause[r] = id, c.cause[id]
 				queue = append(queue, r)
