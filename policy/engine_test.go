@@ -466,7 +466,7 @@ system signed-by one-1
 // The same key name with another value reads none of the old one's signatures.
 func TestKeysAreTheirValues(t *testing.T) {
 	g := store(t, "a out signed", nil)
-	other := "one-1:" + strings.Repeat("C", 42) + "A="
+	other := "one-1:" + strings.Repeat("D", 42) + "A="
 	v := mustDecide(t, g, mustParse(t, Source{"policy", []byte("key " + other + "\nsystem signed-by one-1"), true}))
 	if r, _ := v.Reason(0); r != GrantUnknown {
 		t.Error(r)

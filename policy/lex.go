@@ -3,6 +3,7 @@ package policy
 import (
 	"fmt"
 	"strings"
+	"unicode"
 	"unicode/utf8"
 )
 
@@ -151,9 +152,9 @@ func (l *lexer) plain() bool {
 }
 
 // hidden characters change how a line looks without changing what it says:
-// directions and zero widths (see CVE-2021-42574).
+// directions and zero widths (see CVE-2021-42574), tags, and other ends of lines.
 func hidden(r rune) bool {
-	return r >= 0x200b && r <= 0x200f || r >= 0x2028 && r <= 0x202e || r >= 0x2060 && r <= 0x2069 || r == 0xfeff || r == 0xad
+	return r >= utf8.RuneSelf && unicode.In(r, unicode.Cf, unicode.Zl, unicode.Zp)
 }
 
 func (l *lexer) quoted() {

@@ -1,8 +1,6 @@
 package policy
 
 import (
-	"crypto/ed25519"
-	"encoding/base64"
 	"errors"
 	"math"
 	"path"
@@ -110,7 +108,7 @@ func (p *parser) isWord(words ...string) bool {
 // fail complains at a token, unless the lexer has.
 func (p *parser) fail(t token, f string, a ...any) {
 	if t.kind != tokenBad {
-		p.errs.add(t.span.errorf(f, a...))
+		p.errs.addf(t.span, f, a...)
 	}
 }
 
@@ -253,27 +251,6 @@ func (p *parser) key(s *statement) *statement {
 	}
 	s.key, s.nameSpan = k, t.span
 	return s
-}
-
-// Key is a public key whose signatures a policy may believe.
-type Key struct {
-	Name   string
-	Public ed25519.PublicKey
-}
-
-// String is the key as in nix.conf's trusted-public-keys; graph.Graph.Keys has it so.
-func (k Key) String() string { return k.Name + ":" + base64.StdEncoding.EncodeToString(k.Public) }
-
-var errKey = errors.New("not a public key as in nix.conf: NAME:BASE64, with 32 bytes in the base 64")
-
-// ParseKey reads NAME:BASE64.
-func ParseKey(text string) (Key, error) {
-	name, b64, _ := strings.Cut(text, ":")
-	pub, err := base64.StdEncoding.Strict().DecodeString(b64)
-	if err != nil || name == "" || len(name) > 256 || len(pub) != ed25519.PublicKeySize || strings.ContainsAny(name, "*?[]\"'#()\\ \t\r\n") {
-		return Key{}, errKey
-	}
-	return Key{name, pub}, nil
 }
 
 func (p *parser) let(s *statement) *statement {

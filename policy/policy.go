@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"fmt"
 	"slices"
 	"strconv"
 	"strings"
@@ -76,7 +77,17 @@ type let struct {
 	*statement
 	root  bool
 	uses  []*let
-	state byte // of the search for cycles
+	text  string // of the condition, once it was compared
+	state byte   // of the search for cycles
+}
+
+// means reports whether another line says the same of the name. Both texts may be as
+// long as a file, and the other lines as many as there can be.
+func (l *let) means(s *statement) bool {
+	if l.text == "" {
+		l.text = l.cond.text()
+	}
+	return l.text == s.cond.text()
 }
 
 // scope is what the words of a policy mean.
@@ -108,8 +119,13 @@ func Parse(sources ...Source) (*Policy, error) {
 		errs.add(&Error{Pos: Pos{sources[MaxSources].Name, 1, 1}, Msg: "more than " + strconv.Itoa(MaxSources) + " policy files"})
 		return nil, errs
 	}
-	lines, whole := 0, true
+	lines, size, whole := 0, 0, true
 	for i, s := range sources {
+		if size += min(len(s.Text), MaxSource); size > MaxText {
+			errs.add(&Error{Pos: Pos{s.Name, 1, 1}, file: i, Msg: fmt.Sprintf("the policy files have more than %d bytes together", MaxText)})
+			whole = false
+			break
+		}
 		f := newFile(i, s)
 		parser := &parser{file: f, tokens: lex(f, errs), errs: errs, broken: p.scope.broken}
 		whole = whole && parser.tokens != nil
@@ -173,7 +189,7 @@ func (p *Policy) declareLet(s *statement, root bool, errs *Errors) {
 		p.scope.lets[s.name] = &let{statement: s, root: root}
 	case old.root && !root:
 		errs.add(s.nameSpan.errorf("let %q is root's (%s); a user's file cannot change what it means", s.name, old.span.pos().Short()))
-	case old.cond.text() != s.cond.text():
+	case !old.means(s):
 		errs.add(s.nameSpan.errorf("let %q means something else at %s", s.name, old.span.pos().Short()))
 	}
 }
@@ -204,9 +220,9 @@ func (s *scope) check(e *expr, root bool, errs *Errors) (uses []*let) {
 			break
 		}
 		if root {
-			errs.add(e.span.errorf("key %q is not declared; add a line: key %s:<base64>", e.arg, e.arg))
+			errs.addf(e.span, "key %q is not declared; add a line: key %s:<base64>", e.arg, e.arg)
 		} else {
-			errs.add(e.span.errorf("key %q is not declared in root's policy", e.arg))
+			errs.addf(e.span, "key %q is not declared in root's policy", e.arg)
 		}
 	case opLet:
 		l := s.lookup(e.arg, root)
@@ -214,12 +230,14 @@ func (s *scope) check(e *expr, root bool, errs *Errors) (uses []*let) {
 		case l != nil && !e.more:
 			return []*let{l}
 		case l != nil:
-			errs.add(e.span.errorf("%q is a let, and nothing stands after it but and, or and )", e.arg))
+			errs.addf(e.span, "%q is a let, and nothing stands after it but and, or and )", e.arg)
 		case s.broken[e.arg]:
 		case s.lets[e.arg] != nil:
-			errs.add(e.span.errorf("unknown condition %q; root's policy does not see the lets of a user's file", e.arg))
+			errs.addf(e.span, "unknown condition %q; root's policy does not see the lets of a user's file", e.arg)
 		default:
-			errs.add(e.span.errorf("unknown condition %s%s", shown(e.arg), s.suggest(e.arg, root)))
+			if !errs.full() {
+				errs.add(e.span.errorf("unknown condition %s%s", shown(e.arg), s.suggest(e.arg, root)))
+			}
 		}
 	}
 	for _, kid := range e.kids {

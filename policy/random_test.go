@@ -11,7 +11,7 @@ import (
 
 // Two keys that a random policy declares; nobody has looked for the second one's
 // signatures in some of the graphs.
-var testKeys = []string{"one-1:" + strings.Repeat("A", 43) + "=", "two-1:" + strings.Repeat("B", 42) + "A="}
+var testKeys = []string{"one-1:" + strings.Repeat("C", 42) + "A=", "two-1:" + strings.Repeat("B", 42) + "A="}
 
 var testNames = []string{"a", "b", "ab", "ba", "abc", "b-a", "a.drv", "b.drv", "ab.drv", "c.drv"}
 

@@ -12,6 +12,7 @@ import (
 // The bounds of what is parsed. Nothing that a person writes comes near them.
 const (
 	MaxSource  = 1 << 20 // bytes of one file
+	MaxText    = 4 << 20 // bytes of all files
 	MaxSources = 256     // files
 	MaxLines   = 4096    // statements of all files
 	MaxNesting = 100     // parentheses and nots within each other
@@ -113,11 +114,27 @@ func (e *Errors) Unwrap() []error {
 
 // add notes an error; whoever collects sorts before it returns.
 func (e *Errors) add(err *Error) {
-	if len(e.List) >= MaxErrors {
-		e.More++
-		return
+	if !e.full() {
+		e.List = append(e.List, err)
 	}
-	e.List = append(e.List, err)
+}
+
+// addf is add of an error about a span, made only if it is told.
+func (e *Errors) addf(s span, f string, a ...any) {
+	if !e.full() {
+		e.List = append(e.List, s.errorf(f, a...))
+	}
+}
+
+// full counts an error that will not be told, if so many were. Whoever can meet
+// errors by the thousand asks before making one: its place and what may have been
+// meant take time.
+func (e *Errors) full() bool {
+	if len(e.List) < MaxErrors {
+		return false
+	}
+	e.More++
+	return true
 }
 
 // sorted puts the errors in the order of the sources, or is nil if there is none.

@@ -28,6 +28,7 @@ import (
 	"sync/atomic"
 
 	"overkeep/overlay/drv/storepath"
+	"overkeep/policy"
 )
 
 // MaxKeys is how many keys can be declared: one bit of a word for each.
@@ -75,28 +76,10 @@ func ParseKey(s string) (Key, error) {
 		return Key{}, fmt.Errorf("%w: %q is a secret key; declare its public half", ErrKey, name)
 	case len(b) != ed25519.PublicKeySize:
 		return Key{}, fmt.Errorf("%w: %q has %d bytes, not %d", ErrKey, name, len(b), ed25519.PublicKeySize)
-	case smallOrder(b):
+	case policy.WeakKey(b):
 		return Key{}, fmt.Errorf("%w: under %.200q anybody can sign", ErrKey, s)
 	}
 	return Key{name, b}, nil
-}
-
-// The encodings of the points whose order divides 8, with the sign bit cleared;
-// the last two are not reduced (RFC 8032, 5.1.3 forbids them, decoders differ).
-var small = [...]string{
-	"0000000000000000000000000000000000000000000000000000000000000000",
-	"0100000000000000000000000000000000000000000000000000000000000000",
-	"26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
-	"c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
-	"ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
-	"edffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
-	"eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
-}
-
-func smallOrder(key []byte) bool {
-	k := slices.Clone(key)
-	k[31] &= 0x7f
-	return slices.Contains(small[:], hex.EncodeToString(k))
 }
 
 // Facts is what is signed of a path, and the signatures: a row of the database.
@@ -168,7 +151,7 @@ func New(storeDir string, keys []Key, memory *Memory) (*Verifier, error) {
 		if _, twice := v.index[k.Name]; twice {
 			return nil, fmt.Errorf("%w: %q is declared twice", ErrKey, k.Name)
 		}
-		if len(k.Public) != ed25519.PublicKeySize || smallOrder(k.Public) {
+		if len(k.Public) != ed25519.PublicKeySize || policy.WeakKey(k.Public) {
 			return nil, fmt.Errorf("%w: %q", ErrKey, k.Name)
 		}
 		v.index[k.Name] = i

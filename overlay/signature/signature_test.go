@@ -290,6 +290,17 @@ func TestParseKey(t *testing.T) {
 	}
 }
 
+// small are the points whose order divides 8; package policy has the reasons.
+var small = []string{
+	"0000000000000000000000000000000000000000000000000000000000000000",
+	"0100000000000000000000000000000000000000000000000000000000000000",
+	"26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+	"c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+	"ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+	"edffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+	"eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+}
+
 // Each key of small order lets anybody sign: with S = 0 and R one of these points
 // some message verifies. ParseKey and New refuse it.
 func TestSmallOrder(t *testing.T) {
