@@ -71,6 +71,18 @@ type Loaded struct {
 	Graph  *graph.Graph
 	Index  *Index
 	Report Report
+
+	beyond map[graph.ID]string // see DeriverOf
+}
+
+// DeriverOf is the valid derivation (HASH-NAME) that a path names as the one that made
+// it, "" if there is none; of paths that may be fixed outputs, see graph.FixedOutput. A part of a store (LoadFor) need not hold
+// it: its graph then has none.
+func (l *Loaded) DeriverOf(id graph.ID) string {
+	if d := l.Graph.Deriver[id]; d != graph.NoID {
+		return string(l.Graph.BaseName(d))
+	}
+	return l.beyond[id]
 }
 
 // Load reads whole stores.

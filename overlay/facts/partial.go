@@ -70,6 +70,9 @@ func LoadFor(ctx context.Context, stores []Store, targets []string, need Need, o
 		return nil, err
 	}
 	p.join()
+	if err := p.derivers(ctx); err != nil {
+		return nil, err
+	}
 	if err := s.finish(); err != nil {
 		return nil, err
 	}
@@ -124,11 +127,11 @@ func (p *partial) ask(ctx context.Context, name string, id graph.ID, told int) (
 			continue
 		}
 		var r nixdb.Row
-		found, err := src.look.ByPath(ctx, p.whole([]byte(name)), &r)
+		found, err := p.find(ctx, src, name, &r)
 		if err != nil {
 			return id, err
 		}
-		if !found || baseOf(r.Path, p.prefix) == nil {
+		if !found {
 			continue
 		}
 		if id == graph.NoID {
@@ -138,6 +141,13 @@ func (p *partial) ask(ctx context.Context, name string, id graph.ID, told int) (
 	}
 	p.ids[name] = id
 	return id, nil
+}
+
+// find looks a path up in one database.
+func (p *partial) find(ctx context.Context, src *source, name string, r *nixdb.Row) (bool, error) {
+	found, err := src.look.ByPath(ctx, p.whole([]byte(name)), r)
+	// A table that Nix did not make may take other names for the same.
+	return found && string(baseOf(r.Path, p.prefix)) == name, err
 }
 
 func (p *partial) newID(name string) graph.ID {
@@ -348,4 +358,33 @@ func (p *partial) join() {
 		}
 	}
 	p.s.Index = NewIndex(g)
+}
+
+// derivers looks up those that only Loaded.DeriverOf tells. To have them in the graph
+// would take all that they need to build.
+func (p *partial) derivers(ctx context.Context) error {
+	p.s.beyond = map[graph.ID]string{}
+	for id, f := range p.g.Flags {
+		// What was built here or signed and has no content address is no fixed output (kind).
+		plain := f&(graph.Ultimate|saysSigned) != 0 && f&(saysFixed|saysText) == 0
+		if plain || p.g.Deriver[id] != graph.NoID {
+			continue
+		}
+		for _, name := range p.der[id] {
+			for _, src := range p.from {
+				if name == "" || p.s.beyond[graph.ID(id)] != "" {
+					break
+				}
+				var r nixdb.Row
+				found, err := p.find(ctx, src, name, &r)
+				if err != nil {
+					return err
+				}
+				if found {
+					p.s.beyond[graph.ID(id)] = name
+				}
+			}
+		}
+	}
+	return nil
 }

@@ -4,10 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"overkeep/overlay/drv"
 	"overkeep/overlay/provenance"
@@ -108,11 +111,15 @@ func (w *World) fromDerivations(in Input, known map[graph.ID]graph.Origin) {
 	g, dir := w.Graph, storeDir(in)
 	for i := range g.Len() {
 		id := graph.ID(i)
-		if g.Flags[id]&graph.FixedOutput == 0 || g.Deriver[id] == graph.NoID {
+		if g.Flags[id]&graph.FixedOutput == 0 {
 			continue
 		}
-		path := g.Path(g.Deriver[id])
-		b, err := os.ReadFile(filepath.Join("/", in.Root, path))
+		made := w.DeriverOf(id)
+		if made == "" {
+			continue
+		}
+		path := dir + "/" + made
+		b, err := readDerivation(filepath.Join("/", in.Root, path))
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // valid in a database whose files are elsewhere, as with --db
 		}
@@ -133,4 +140,22 @@ func (w *World) fromDerivations(in Input, known map[graph.ID]graph.Origin) {
 			}
 		}
 	}
+}
+
+// readDerivation reads a file of at most the size that a derivation may have; one byte
+// more, so that the parser says so. A link, a pipe or a device is none.
+func readDerivation(name string) ([]byte, error) {
+	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !fi.Mode().IsRegular() {
+		return nil, &fs.PathError{Op: "read", Path: name, Err: errors.New("no regular file")}
+	}
+	return io.ReadAll(io.LimitReader(f, drv.MaxSize+1))
 }

@@ -25,28 +25,39 @@ const Suffix = ".policy"
 // is not there is left out; an empty result means that there is no policy, and that
 // everything is personal.
 //
-// A file that cannot be read, or is too long, is an error: a veto that is not read
-// is a path in plaintext. Errors are *os.PathError or *SourceError.
+// A file that cannot be read, leads nowhere, went away since it was listed, or is too
+// long, is an error: a veto that is not read is a path in plaintext. Errors are
+// *os.PathError, *SourceError, or *policy.Errors beyond a bound of package policy.
 func PolicySources(root string, keep *layout.Keep) ([]policy.Source, error) {
 	var out []policy.Source
+	total := 0
 	add := func(files []string, isRoot bool) error {
 		for _, f := range files {
 			s, err := read(f, isRoot, isRoot)
-			if errors.Is(err, fs.ErrNotExist) {
-				continue // went away, or root's one policy file is not there
-			}
 			if err != nil {
 				return err
 			}
 			out = append(out, s)
+			// The files of a user are as many and as long as the user likes, and root
+			// reads them: the parser says what is wrong, before memory is gone.
+			if total += len(s.Text); len(out) > policy.MaxSources || total > policy.MaxText {
+				_, err := policy.Parse(out...)
+				return err
+			}
 		}
 		return nil
 	}
-	dropIns, err := listPolicies(layout.PolicyDir(root))
+	files, err := listPolicies(layout.PolicyDir(root))
 	if err != nil {
 		return nil, err
 	}
-	if err := add(append([]string{layout.PolicyFile(root)}, dropIns...), true); err != nil {
+	file := layout.PolicyFile(root)
+	if there, err := exists(file); err != nil {
+		return nil, err
+	} else if there {
+		files = append([]string{file}, files...)
+	}
+	if err := add(files, true); err != nil {
 		return nil, err
 	}
 	if keep == nil {
@@ -59,23 +70,43 @@ func PolicySources(root string, keep *layout.Keep) ([]policy.Source, error) {
 	return out, add(own, false)
 }
 
-// listPolicies returns the drop-ins in dir, sorted; none if dir is not there.
-func listPolicies(dir string) ([]string, error) {
-	entries, err := os.ReadDir(dir)
+// exists reports whether something has that name. A link that leads nowhere has it.
+func exists(name string) (bool, error) {
+	_, err := os.Lstat(name)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
+		return false, nil
 	}
+	return err == nil, err
+}
+
+// listPolicies returns the drop-ins in dir, sorted; none if dir is not there, and of
+// more than a policy can have so many that the parser complains.
+func listPolicies(dir string) ([]string, error) {
+	if there, err := exists(dir); !there {
+		return nil, err
+	}
+	d, err := os.Open(dir)
 	if err != nil {
 		return nil, err
 	}
+	defer d.Close()
 	var out []string
-	for _, e := range entries {
-		if strings.HasSuffix(e.Name(), Suffix) && !strings.HasPrefix(e.Name(), ".") {
-			out = append(out, filepath.Join(dir, e.Name()))
+	for len(out) <= policy.MaxSources {
+		names, err := d.Readdirnames(1024)
+		for _, n := range names {
+			if strings.HasSuffix(n, Suffix) && !strings.HasPrefix(n, ".") {
+				out = append(out, filepath.Join(dir, n))
+			}
+		}
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return nil, err
 		}
 	}
 	slices.Sort(out)
-	return out, nil
+	return out[:min(len(out), policy.MaxSources+1)], nil
 }
 
 // SourceError is a policy file that is none.

@@ -5,11 +5,15 @@ import (
 	"crypto/ed25519"
 	"encoding/base64"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"overkeep/overlay/facts"
 	"overkeep/overlay/layout"
@@ -279,6 +283,57 @@ func TestPolicySources(t *testing.T) {
 	}
 }
 
+// A veto that is not read is a path in plaintext: what has a name and leads nowhere is
+// an error, and no policy without that file.
+func TestDanglingPolicy(t *testing.T) {
+	for _, at := range []func(string) string{layout.PolicyFile, layout.PolicyDir,
+		func(root string) string { return layout.PolicyDir(root) + "/veto.policy" }} {
+		root := t.TempDir()
+		link := at(root)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(link), 0o755), os.Symlink(root+"/nowhere", link)); err != nil {
+			t.Fatal(err)
+		}
+		if src, err := PolicySources(root, nil); err == nil || !strings.Contains(err.Error(), link) {
+			t.Errorf("a link %s that leads nowhere: %v, %v", link, src, err)
+		}
+	}
+}
+
+// Root reads a user's files: not more of them than a policy can have, whatever there is.
+func TestManyPolicies(t *testing.T) {
+	keep := layout.Keep{Root: t.TempDir(), Name: "alice"}
+	if err := os.MkdirAll(keep.Policy(), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	file := func(i int, size int64) {
+		t.Helper()
+		f, err := os.Create(fmt.Sprintf("%s/%04d.policy", keep.Policy(), i))
+		if err == nil {
+			err = errors.Join(f.Truncate(size), f.Close()) // all holes
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range 3 * policy.MaxSources {
+		file(i, 0)
+	}
+	var wrong *policy.Errors
+	if _, err := PolicySources(keep.Root, &keep); !errors.As(err, &wrong) || !strings.Contains(err.Error(), "more than 256 policy files") {
+		t.Errorf("many files: %v", err)
+	}
+	for i := range 3 * policy.MaxSources {
+		file(i, policy.MaxSource)
+	}
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	_, err := PolicySources(keep.Root, &keep)
+	runtime.ReadMemStats(&after)
+	if !errors.As(err, &wrong) || after.TotalAlloc-before.TotalAlloc > 20*policy.MaxText {
+		t.Errorf("768 MiB of files: %d bytes allocated, %v", after.TotalAlloc-before.TotalAlloc, err)
+	}
+}
+
 // A derivation that is not what its name says tells nothing about its output.
 func TestBadDerivation(t *testing.T) {
 	in, s := generated(t, storegen.Options{Paths: 300, Seed: 8})
@@ -306,5 +361,17 @@ func TestBadDerivation(t *testing.T) {
 	defer w.Close()
 	if reason, _ := w.Decide(p).Reason(id); reason != policy.Unreadable || len(w.Notes) == 0 {
 		t.Errorf("its output is %v, notes %q", reason, w.Notes)
+	}
+	// Nor one that is no file: a pipe would hold up whoever reads it.
+	if err := errors.Join(os.Remove(drv), unix.Mkfifo(drv, 0o444)); err != nil {
+		t.Fatal(err)
+	}
+	part, ids, err := LoadFor(context.Background(), in, p, []string{w.Graph.Path(id)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer part.Close()
+	if reason, _ := part.Decide(p).Reason(ids[0][0]); reason != policy.Unreadable {
+		t.Errorf("asked about alone, its output is %v", reason)
 	}
 }
