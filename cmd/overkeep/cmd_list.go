@@ -83,13 +83,21 @@ func runList(ctx context.Context, a *app, o listOptions) error {
 	if err := o.sight.find(a); err != nil {
 		return err
 	}
-	p, w, err := o.sight.load(ctx, a)
+	// The JSON is full of what only the database has, so it stays open meanwhile.
+	load := loaded
+	if a.ui.json {
+		load = verdict.Load
+	}
+	p, w, err := o.sight.load(ctx, a, load)
 	if err != nil {
 		return err
 	}
 	defer w.Close()
 	o.sight.remarks(a, w)
-	v := w.Decide(p)
+	v, err := settled(ctx, func() *policy.Verdicts { return w.Decide(p) })
+	if err != nil {
+		return err
+	}
 	ids, err := o.choose(w, v)
 	if err != nil {
 		return err

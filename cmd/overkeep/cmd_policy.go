@@ -71,14 +71,18 @@ func runPolicyCheck(ctx context.Context, a *app, s *sight, minReach int) error {
 	if err := s.find(a); err != nil {
 		return err
 	}
-	p, w, err := s.load(ctx, a)
+	p, w, err := s.load(ctx, a, loaded)
 	if err != nil {
 		return err
 	}
-	defer w.Close()
-	s.remarks(a, w)
-	v := w.Decide(p)
-	r := checked(v, v.Check(policy.CheckOptions{MinReach: minReach}), w)
+	s.standing(a)
+	r, err := settled(ctx, func() checkReport {
+		v := w.Decide(p)
+		return checked(v, v.Check(policy.CheckOptions{MinReach: minReach}), w)
+	})
+	if err != nil {
+		return err
+	}
 	r.scope = s.scope()
 	if err := a.ui.report(r); err != nil {
 		return err
@@ -231,6 +235,9 @@ func (r checkReport) print(p *page) {
 	for _, t := range r.Unknown {
 		p.printf("%s closure-of %s cannot be resolved\n", p.style("33", "unknown:"), printable(t))
 	}
+	for _, n := range r.Notes {
+		p.printf("%s %s\n", p.style("33", "note:"), printable(n))
+	}
 	if len(r.Broken) == 0 {
 		p.printf("%s\n", p.style("32", "No mistakes, and every requirement holds."))
 	}
@@ -347,8 +354,9 @@ func runPolicyTest(ctx context.Context, a *app, s *sight, files []string) error 
 	}
 	r := testReport{scope: s.scope(), Failures: []failure{}, Files: []string{}}
 	var all []*policy.Expectations
-	for _, f := range files {
-		src, err := verdict.PolicyFile(f, true)
+	for i, f := range files {
+		// What lies beside a user's file is the user's, and no link of theirs leads root.
+		src, err := verdict.PolicyFile(f, named || s.sources[i].Root)
 		if errors.Is(err, fs.ErrNotExist) && !named {
 			continue
 		}
@@ -366,13 +374,15 @@ func runPolicyTest(ctx context.Context, a *app, s *sight, files []string) error 
 	if len(all) == 0 {
 		return usagef("there are no expectations beside the policy: a file %q, with lines such as  personal name \"*-acme-*\"", testFile(layout.PolicyFile(a.root)))
 	}
-	w, err := verdict.Load(ctx, s.input, p)
+	w, err := loaded(ctx, s.input, p)
 	if err != nil {
 		return err
 	}
-	defer w.Close()
 	s.remarks(a, w)
-	v := w.Decide(p)
+	v, err := settled(ctx, func() *policy.Verdicts { return w.Decide(p) })
+	if err != nil {
+		return err
+	}
 	for _, x := range all {
 		for _, f := range x.Evaluate(v) {
 			out := failure{ruleRef: ruleRef{f.Text, f.Pos.Source, f.Pos.Line}, Why: f.Msg, Matched: f.Matched, Count: len(f.Paths), Paths: []string{}}

@@ -59,15 +59,17 @@ func runPolicyDiff(ctx context.Context, a *app, s *sight, names []string, all bo
 		two = append(two, p)
 	}
 	a.ui.progress("reading the stores")
-	w, err := verdict.Load(ctx, s.input, two...)
+	w, err := loaded(ctx, s.input, two...)
 	if err != nil {
 		return err
 	}
-	defer w.Close()
 	for _, n := range w.Notes {
 		a.ui.note("%s", n)
 	}
-	r := moved(policy.Diff(w.Decide(two[0]), w.Decide(two[1])), w.Graph)
+	r, err := settled(ctx, func() diffReport { return moved(policy.Diff(w.Decide(two[0]), w.Decide(two[1])), w.Graph) })
+	if err != nil {
+		return err
+	}
 	r.scope, r.all = s.scope(), all
 	return a.ui.report(r)
 }

@@ -48,9 +48,14 @@ func runPolicyGraph(ctx context.Context, a *app, s *sight, svg string, words []s
 	if err != nil {
 		return err
 	}
-	defer w.Close()
+	if err := w.Close(); err != nil {
+		return err
+	}
 	s.remarks(a, w)
-	v := w.Decide(p)
+	v, err := settled(ctx, func() *policy.Verdicts { return w.Decide(p) })
+	if err != nil {
+		return err
+	}
 	d := &drawing{}
 	for i, list := range ids {
 		if len(list) == 0 {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io/fs"
@@ -13,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"overkeep/overlay/layout"
+	"overkeep/overlay/verdict"
 	"overkeep/policy"
 	"overkeep/systemd/keep"
 )
@@ -78,7 +80,7 @@ func runPolicyInit(ctx context.Context, a *app, cmd *cobra.Command, o policyInit
 	if err := needRoot(); err != nil && a.root == "" {
 		return err
 	}
-	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+	if err := publicDir(filepath.Dir(file)); err != nil {
 		return err
 	}
 	if err := writePolicy(file, []byte(text), 0o644); err != nil {
@@ -149,6 +151,21 @@ func chosenKeys(words, known []string) []string {
 	return out
 }
 
+// publicDir makes a directory of root's policy if it is missing, and its parents:
+// everybody reads what is in them, whatever the umask (harden).
+func publicDir(dir string) error {
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := publicDir(filepath.Dir(dir)); err != nil {
+		return err
+	}
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return err
+	}
+	return os.Chmod(dir, 0o755)
+}
+
 // writePolicy replaces a policy file, whole or not at all, and durably.
 func writePolicy(file string, text []byte, mode os.FileMode) error {
 	return renameio.WriteFile(file, text, mode, renameio.WithTempDir(filepath.Dir(file)), renameio.IgnoreUmask())
@@ -177,7 +194,8 @@ func newPolicyEdit(a *app) *cobra.Command {
 		Short: "Edit a policy file; it is replaced only if it is sound",
 		Long: `Edit root's policy, or its drop-in NAME.policy, with $VISUAL or $EDITOR. With --keep
 it is a drop-in of the keep's own: it is encrypted, so it may mention names that
-nobody should see, and can only veto (default name: own).
+nobody should see, and can only veto (default name: own). The editor runs as the
+keep's user then, in its view.
 
 The text is checked together with the other files before it takes the place of the
 old one. With a mistake in it you can go on editing, or leave everything as it was.`,
@@ -186,6 +204,7 @@ old one. With a mistake in it you can go on editing, or leave everything as it w
   sudo overkeep policy edit --keep alice`,
 		Args: a.args(0, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			s.asUser = true
 			return runPolicyEdit(cmd.Context(), a, &s, first(args))
 		},
 	}, exitPolicy, exitNotRoot, exitAborted, exitLocked)
@@ -196,22 +215,19 @@ old one. With a mistake in it you can go on editing, or leave everything as it w
 	return cmd
 }
 
-// policyToEdit is the file, and whether it is root's.
+// policyToEdit is the file, and whether it is root's. No name is the main one.
 func policyToEdit(a *app, s *sight, name string) (file string, isRoot bool, err error) {
-	name = strings.TrimSuffix(filepath.Base(name), ".policy")
-	if name != "" && (strings.HasPrefix(name, ".") || strings.ContainsAny(name, "/\x00")) {
+	name = strings.TrimSuffix(name, verdict.Suffix)
+	if strings.HasPrefix(name, ".") || strings.ContainsAny(name, "/\x00") {
 		return "", false, usagef("%q cannot name a policy file", name)
 	}
 	switch {
 	case s.of != nil && s.keep != "":
-		if name == "" || name == "." {
-			name = "own"
-		}
-		return filepath.Join(s.of.Policy(), name+".policy"), false, nil
-	case name == "" || name == "." || name == "policy":
+		return filepath.Join(s.of.Policy(), cmp.Or(name, "own")+verdict.Suffix), false, nil
+	case name == "" || name == "policy":
 		return layout.PolicyFile(a.root), true, nil
 	}
-	return filepath.Join(layout.PolicyDir(a.root), name+".policy"), true, nil
+	return filepath.Join(layout.PolicyDir(a.root), name+verdict.Suffix), true, nil
 }
 
 func runPolicyEdit(ctx context.Context, a *app, s *sight, name string) error {
@@ -220,19 +236,23 @@ func runPolicyEdit(ctx context.Context, a *app, s *sight, name string) error {
 			return err
 		}
 	}
-	if name != "" {
-		name = filepath.Base(name)
-	}
 	file, isRoot, err := policyToEdit(a, s, name)
 	if err != nil {
 		return err
+	}
+	if !isRoot && os.Geteuid() == 0 {
+		// The directory is the user's, who could put a link in the place of what the
+		// editor opens; and what root writes there the user could not read.
+		return usagef("a keep's own policy is edited as its user: leave root's session in the view")
 	}
 	others, err := otherSources(a, s, file)
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
-		return err
+	if isRoot {
+		if err := publicDir(filepath.Dir(file)); err != nil {
+			return err
+		}
 	}
 	old, err := os.ReadFile(file)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {

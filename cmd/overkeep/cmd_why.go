@@ -71,9 +71,14 @@ func runWhy(ctx context.Context, a *app, o whyOptions) error {
 	if err != nil {
 		return err
 	}
-	defer w.Close()
+	if err := w.Close(); err != nil {
+		return err
+	}
 	o.sight.remarks(a, w)
-	v := w.Decide(p)
+	v, err := settled(ctx, func() *policy.Verdicts { return w.Decide(p) })
+	if err != nil {
+		return err
+	}
 	r := whyReport{scope: o.sight.scope()}
 	for i, list := range ids {
 		if len(list) == 0 {

@@ -99,7 +99,7 @@ func (s starter) text() string {
 	}
 	quoted := make([]string, len(s.Private))
 	for i, g := range s.Private {
-		quoted[i] = fmt.Sprintf("name %q", g)
+		quoted[i] = `name "` + g + `"` // a pattern's backslashes are its own; what else is wrong the parser says
 	}
 	p("# Private work by name, and what was built from it here, even where no reference remains.")
 	p("let secret = %s", strings.Join(quoted, " or "))

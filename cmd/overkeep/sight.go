@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"os"
-	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -28,6 +27,7 @@ type sight struct {
 	dbs      []string
 	origins  string
 	inView   string
+	asUser   bool // in the view it runs as the keep's user, and not as root
 
 	// Found by find.
 	input   verdict.Input
@@ -99,20 +99,12 @@ func (s *sight) place(a *app) error {
 
 // viewOf names the keep in whose view this process is, or becomes a process there.
 func (s *sight) viewOf(a *app) (string, error) {
-	inside, err := view.Inside()
+	at, err := view.Of()
 	if err != nil {
 		return "", err
 	}
-	if inside {
-		if s.inView != "" {
-			return s.inView, nil
-		}
-		// Set for all that runs in a view (overlay/view.Environment).
-		name := os.Getenv("OVERKEEP_KEEP")
-		if s.keep != "" && s.keep != name {
-			return "", usagef("this is the view of keep %q: leave it to ask about %q", name, s.keep)
-		}
-		return name, nil
+	if at != nil {
+		return at.Name, s.inside(a, at)
 	}
 	if s.inView != "" {
 		return "", &keep.Error{Code: keep.CodeLocked, Name: s.inView, Message: "this is not the view of keep \"" + s.inView + "\""}
@@ -133,11 +125,7 @@ func (s *sight) viewOf(a *app) (string, error) {
 	if err := needRoot(); err != nil {
 		return "", err
 	}
-	line := append([]string{a.exe}, a.line...)
-	if a.root != "" && !hasFlag(a.line, "root") {
-		line = append(line, "--root="+a.root)
-	}
-	err = k.Exec(slices.Insert(line, 1+len(a.verb), "--in-view="+k.Name), true)
+	err = k.Exec(inViewLine(a, k.Name), !s.asUser)
 	var e *keep.Error
 	if s.keep == "" && errors.As(err, &e) && e.Code == keep.CodeLocked {
 		s.only = "keep " + k.Name + " is locked"
@@ -146,30 +134,93 @@ func (s *sight) viewOf(a *app) (string, error) {
 	return "", err
 }
 
+// inside sees that the view this is in is the one that is meant. The mount says which
+// it is: sudo takes the environment away, and anybody can set it.
+func (s *sight) inside(a *app, at *layout.Keep) error {
+	root, err := layout.CheckRoot(a.root)
+	if err != nil {
+		return err
+	}
+	for _, name := range []string{s.keep, s.inView} {
+		if name != "" && name != at.Name {
+			return usagef("this is the view of keep %q: leave it to ask about %q", at.Name, name)
+		}
+	}
+	if a.root != "" && root != at.Root {
+		return usagef("this is the view of a keep below %q: leave it to ask about %q", at.Root, root)
+	}
+	if at.Root != "/" {
+		a.root = at.Root // the environment of a view does not have it
+	}
+	return nil
+}
+
+// inViewLine is the command line once more, for the view of a keep. What is added
+// stands in front: behind the words there may be a "--", and among them a flag that
+// waits for its value.
+func inViewLine(a *app, name string) []string {
+	line := []string{a.exe, "--in-view=" + name}
+	if a.root != "" && !hasFlag(a.line, "root") {
+		line = append(line, "--root="+a.root)
+	}
+	return append(line, a.line...)
+}
+
 // load parses the policies in force and loads what they need.
-func (s *sight) load(ctx context.Context, a *app, more ...*policy.Policy) (*policy.Policy, *verdict.World, error) {
+func (s *sight) load(ctx context.Context, a *app, how loader) (*policy.Policy, *verdict.World, error) {
 	p, err := policy.Parse(s.sources...)
 	if err != nil {
 		return nil, nil, err
 	}
 	a.ui.progress("reading the stores")
-	w, err := verdict.Load(ctx, s.input, append(more, p)...)
+	w, err := how(ctx, s.input, p)
 	if err != nil {
 		return nil, nil, err
 	}
 	return p, w, nil
 }
 
+type loader func(context.Context, verdict.Input, ...*policy.Policy) (*verdict.World, error)
+
+// loaded is verdict.Load for whoever needs the graph alone: the databases are closed,
+// so that nothing of Nix waits while somebody reads the answer in a pager.
+func loaded(ctx context.Context, in verdict.Input, policies ...*policy.Policy) (*verdict.World, error) {
+	w, err := verdict.Load(ctx, in, policies...)
+	if err != nil {
+		return nil, err
+	}
+	return w, w.Close()
+}
+
+// settled waits for what f works out, or until ctx ends: no policy is so heavy that
+// one could not leave. f then goes on until the process ends, so it must change nothing.
+func settled[T any](ctx context.Context, f func() T) (T, error) {
+	done := make(chan T, 1)
+	go func() { done <- f() }()
+	select {
+	case v := <-done:
+		return v, nil
+	case <-ctx.Done():
+		var none T
+		return none, ctx.Err()
+	}
+}
+
 // remarks are what a reader has to know beside a verdict.
 func (s *sight) remarks(a *app, w *verdict.World) {
+	s.standing(a)
+	for _, n := range w.Notes {
+		a.ui.note("%s", n)
+	}
+}
+
+// standing says from where the stores are looked at.
+func (s *sight) standing(a *app) {
 	if s.only != "" && len(s.dbs) == 0 {
 		a.ui.note("this is the system store alone: %s", s.only)
 	}
 	if len(s.sources) == 0 {
 		a.ui.note("there is no policy, so everything is personal; make one: %s", a.here().command("policy", "init"))
-	}
-	for _, n := range w.Notes {
-		a.ui.note("%s", n)
 	}
 }
 

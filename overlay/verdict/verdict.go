@@ -115,6 +115,9 @@ func load(ctx context.Context, in Input, policies []*policy.Policy, open func(fa
 			err = errors.Join(err, w.Close())
 		}
 	}()
+	if n := w.Report.Dropped; n > 0 {
+		w.note("%d rows of the databases name no path of the store: nothing is said of them", n)
+	}
 	if memory != nil {
 		if err := memory.Save(); err != nil {
 			w.note("signatures could not be remembered: %v", err)

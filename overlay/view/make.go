@@ -128,6 +128,37 @@ func Inside() (bool, error) {
 	}), nil
 }
 
+// Of is the keep in whose view the calling thread lives, by the mount itself: the
+// environment may be gone (sudo) or somebody's. It is nil outside of a view.
+func Of() (*layout.Keep, error) {
+	t, err := table()
+	if err != nil {
+		return nil, err
+	}
+	return t.keep(), nil
+}
+
+// keep finds the topmost view.
+func (t Table) keep() (found *layout.Keep) {
+	for _, i := range t {
+		if i.Mountpoint != layout.NixStore || i.FSType != "overlay" {
+			continue
+		}
+		for _, o := range strings.Split(i.VFSOptions, ",") {
+			upper, _ := strings.CutPrefix(o, "upperdir=")
+			run, ok := strings.CutSuffix(upper, "/k/store/upper")
+			root, under := strings.CutSuffix(filepath.Dir(run), "/run/overkeep")
+			if !ok || !under {
+				continue
+			}
+			if k, err := layout.New(root, filepath.Base(run)); err == nil && k.Upper() == upper {
+				found = &k
+			}
+		}
+	}
+	return found
+}
+
 // Cover hides what the homes' mounts of list hid, in a namespace whose sessions
 // outlive a lock, behind the empty directory at dir. Uncover takes it back. Both
 // may be repeated.
