@@ -308,6 +308,8 @@ func (ix *Index) signed(n *node) leaf {
 			}
 			if missing {
 				unknown = ^signed
+			} else if ix.g.Unsure != nil {
+				unknown = ix.g.Unsure[lo+w] &^ signed
 			}
 			if n.op == opUnsigned {
 				signed = ^(signed | unknown)

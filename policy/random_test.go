@@ -108,6 +108,12 @@ func (m maker) graph() *graph.Graph {
 		}
 		g.Signed = append(g.Signed, b)
 	}
+	if m.chance(holes) {
+		g.Unsure = graph.NewBits(n)
+		for _, id := range m.someOf(n, 30) {
+			g.Unsure.Set(id)
+		}
+	}
 	for _, root := range []string{"/p/one", "/p/two"} {
 		switch {
 		case holes == 0 || m.chance(70):
@@ -126,7 +132,16 @@ func (m maker) complete(g *graph.Graph) *graph.Graph {
 	c.Flags, c.Deriver, c.NarSize = slices.Clone(g.Flags), slices.Clone(g.Deriver), slices.Clone(g.NarSize)
 	c.Refs, c.RefOff = nil, []uint32{0}
 	c.Origin, c.Origins = make([]int32, n), nil
-	c.Keys, c.Signed = testKeys, slices.Clone(g.Signed)
+	c.Keys, c.Signed, c.Unsure = testKeys, nil, nil
+	for _, b := range g.Signed {
+		b := slices.Clone(b)
+		for id := range ID(n) {
+			if g.Unsure != nil && g.Unsure.Has(id) && m.chance(50) {
+				b.Set(id)
+			}
+		}
+		c.Signed = append(c.Signed, b)
+	}
 	for len(c.Signed) < len(testKeys) {
 		b := graph.NewBits(n)
 		for _, id := range m.someOf(n, 50) {

@@ -102,6 +102,9 @@ func (r *reference) eval(e *expr, id graph.ID) graph.Tri {
 func (r *reference) signedBy(k Key, id graph.ID) graph.Tri {
 	for i, key := range r.g.Keys {
 		if key == k.String() {
+			if !r.g.Signed[i].Has(id) && r.g.Unsure != nil && r.g.Unsure.Has(id) {
+				return graph.Unknown
+			}
 			return tri(r.g.Signed[i].Has(id))
 		}
 	}

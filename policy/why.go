@@ -183,7 +183,7 @@ func (s *single) fact(n *node, value graph.Tri) Fact {
 		f.Chain, f.Note = s.ix.showBuilt(s.column(n.kids[0]), s.id, value)
 	case value != graph.Unknown:
 	case n.op == opSigned || n.op == opUnsigned:
-		f.Note = "signatures by a key were not checked"
+		f.Note = "not all of its signatures were checked"
 	case n.op == opKind:
 		f.Note = "the database does not tell its kind"
 	case n.op == opLarger:

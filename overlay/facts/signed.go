@@ -19,13 +19,17 @@ type SignedPath struct {
 	NarSize int64    // bytes
 	Refs    []string // each once, itself included where Nix has it, in no order
 	Sigs    string   // NAME:BASE64, separated by spaces; nothing of it is checked
+
+	// Cut is set by a Verifier that did not look at all of Sigs: that a key did not
+	// sign the path is then not known.
+	Cut bool
 }
 
 // Verifier tells which declared keys signed a path.
 type Verifier interface {
 	// Verify returns a mask per path of the batch: bit i is set where a signature
 	// by Options.Keys[i] verifies over the path's fingerprint. It must not keep the
-	// batch, but may sort the references in it.
+	// batch, but may sort the references in it and set Cut.
 	Verify(ctx context.Context, batch []SignedPath) ([]uint64, error)
 }
 
@@ -65,6 +69,9 @@ func (s *Snapshot) sign(ctx context.Context) error {
 				return fmt.Errorf("%d answers for %d signed paths", len(masks), len(batch))
 			}
 			for i, m := range masks {
+				if batch[i].Cut {
+					s.unsure(batch[i].ID)
+				}
 				for k := range g.Keys {
 					if m>>k&1 != 0 {
 						g.Signed[k].Set(batch[i].ID)
@@ -74,6 +81,14 @@ func (s *Snapshot) sign(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// unsure notes that not all signatures of a path were looked at.
+func (s *Snapshot) unsure(id graph.ID) {
+	if s.Graph.Unsure == nil {
+		s.Graph.Unsure = graph.NewBits(s.Graph.Len())
+	}
+	s.Graph.Unsure.Set(id)
 }
 
 // signedRows reads the next rows with signatures, of paths of which anything is believed.
@@ -95,11 +110,18 @@ func (s *Snapshot) signedRows(ctx context.Context, l *loading, after int64) (bat
 		}
 		last = r.ID
 		base := baseOf(r.Path, prefix)
-		if base == nil || r.Wrong || len(r.Sigs) == 0 || hashDigits(r.Hash) == nil {
+		if base == nil {
 			return nil
 		}
 		id := s.Index.Base(base)
-		if id == graph.NoID || g.Flags[id]&(graph.Broken|graph.Differs) != 0 || g.NarSize[id] != r.NarSize {
+		if id == graph.NoID || g.Flags[id]&(graph.Broken|graph.Differs) != 0 {
+			return nil
+		}
+		if r.Wrong { // the signatures, for the rest was judged: they are no text, or too long a one
+			s.unsure(id)
+			return nil
+		}
+		if len(r.Sigs) == 0 || hashDigits(r.Hash) == nil || g.NarSize[id] != r.NarSize {
 			return nil
 		}
 		for _, ref := range g.References(id) {

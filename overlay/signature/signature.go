@@ -90,6 +90,9 @@ type Facts struct {
 	NarSize int64  // bytes
 	Refs    []string
 	Sigs    string // as stored: NAME:BASE64, separated by blanks
+
+	// Cut is where to say that there were more signatures than are looked at; nil: nowhere.
+	Cut *bool
 }
 
 // AppendFingerprint appends what Nix signs: "1;PATH;sha256:BASE32;SIZE;REFS" with
@@ -200,7 +203,7 @@ func (v *Verifier) Verify(ctx context.Context, n int, facts func(i int, f *Facts
 					break
 				}
 				for i := from; i < min(from+chunk, n); i++ {
-					w.facts.Path, w.facts.NarHash, w.facts.NarSize, w.facts.Sigs = "", "", 0, ""
+					w.facts.Path, w.facts.NarHash, w.facts.NarSize, w.facts.Sigs, w.facts.Cut = "", "", 0, "", nil
 					w.facts.Refs = w.facts.Refs[:0]
 					facts(i, &w.facts)
 					out[i] = w.path()
@@ -232,7 +235,7 @@ func (w *worker) path() (good uint64) {
 	sigs, tries := w.facts.Sigs, 0
 	if len(sigs) > maxSigs {
 		sigs = sigs[:maxSigs]
-		w.stats.Cut++
+		w.cut()
 	}
 	print := -1 // length of the fingerprint in w.buf, once it is needed
 	for len(sigs) > 0 {
@@ -244,7 +247,7 @@ func (w *worker) path() (good uint64) {
 			continue
 		}
 		if tries++; tries > maxTries {
-			w.stats.Cut++
+			w.cut()
 			break
 		}
 		var sig [ed25519.SignatureSize]byte
@@ -265,6 +268,13 @@ func (w *worker) path() (good uint64) {
 		}
 	}
 	return good
+}
+
+func (w *worker) cut() {
+	w.stats.Cut++
+	if w.facts.Cut != nil {
+		*w.facts.Cut = true
+	}
 }
 
 func (w *worker) verify(print int, key ed25519.PublicKey, sig *[ed25519.SignatureSize]byte) bool {

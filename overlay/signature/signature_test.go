@@ -215,9 +215,10 @@ func TestBoundOnSignatures(t *testing.T) {
 		{"others' do not count", strings.Repeat("x:y ", 10*maxTries) + right, 1},
 		{"a long column", strings.Repeat("x:y ", maxSigs) + right, 0},
 	} {
-		f.Sigs = c.sigs
+		cut := false
+		f.Sigs, f.Cut = c.sigs, &cut
 		got, stats := verify(t, []Key{k}, nil, f)
-		if got[0] != c.want || stats.Bad > maxTries || (stats.Cut == 1) != (c.want == 0) {
+		if got[0] != c.want || stats.Bad > maxTries || (stats.Cut == 1) != (c.want == 0) || cut != (c.want == 0) {
 			t.Errorf("%s: %b %+v", c.name, got, stats)
 		}
 	}
@@ -373,7 +374,7 @@ func FuzzVerify(f *testing.F) {
 	good.Sigs = ""
 	f.Add(good.Path, good.NarHash, good.NarSize, strings.Join(good.Refs, " "), "test-0:x")
 	f.Fuzz(func(t *testing.T, path, hash string, size int64, refs, sigs string) {
-		facts := Facts{path, hash, size, strings.Fields(refs), sigs}
+		facts := Facts{Path: path, NarHash: hash, NarSize: size, Refs: strings.Fields(refs), Sigs: sigs}
 		ask := func(sigs string) uint64 {
 			got, _, err := v.Verify(t.Context(), 1, func(_ int, f *Facts) { *f = facts; f.Sigs = sigs })
 			if err != nil {

@@ -65,6 +65,7 @@ func (v *verifier) Verify(ctx context.Context, batch []facts.SignedPath) ([]uint
 		masks, stats, err := r.v.Verify(ctx, len(batch), func(i int, f *signature.Facts) {
 			p := &batch[i]
 			f.Path, f.NarHash, f.NarSize, f.Sigs = v.base(p.Path), p.NarHash, p.NarSize, p.Sigs
+			f.Cut = &p.Cut
 			for _, ref := range p.Refs {
 				f.Refs = append(f.Refs, v.base(ref))
 			}

@@ -3,6 +3,7 @@ package verdict
 import (
 	"context"
 	"crypto/ed25519"
+	"database/sql"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -373,5 +374,39 @@ func TestBadDerivation(t *testing.T) {
 	defer part.Close()
 	if reason, _ := part.Decide(p).Reason(ids[0][0]); reason != policy.Unreadable {
 		t.Errorf("asked about alone, its output is %v", reason)
+	}
+}
+
+// Anybody whom a nix-daemon listens to can add signatures to a path, bad ones, too.
+// Buried under more of them than are looked at, the one that a veto asks for is not
+// known; that it is not there, nobody can say.
+func TestBuriedSignature(t *testing.T) {
+	in, s := generated(t, storegen.Options{Paths: 60, Signed: 1})
+	p := parse(t, "key "+publicKey()+"\n"+`system name "*"`+"\npersonal signed-by "+testKey)
+	i := slices.IndexFunc(s.Paths, func(x storegen.Path) bool { return strings.Contains(x.Sigs, testKey+":") })
+	if i < 0 {
+		t.Fatal("nothing is signed")
+	}
+	junk := testKey + ":" + strings.Repeat("A", 86) + "== "
+	for name, sigs := range map[string]string{"": s.Paths[i].Sigs, "many": strings.Repeat(junk, 40) + s.Paths[i].Sigs, "long": strings.Repeat(junk, 2000) + s.Paths[i].Sigs} {
+		db, err := sql.Open("sqlite3", in.Stores[0].DB)
+		if err == nil {
+			_, err = db.Exec("update ValidPaths set sigs = ? where path like '%/' || ?", sigs, s.Paths[i].Base)
+		}
+		if err := errors.Join(err, db.Close()); err != nil {
+			t.Fatal(err)
+		}
+		w, err := Load(t.Context(), in, p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := policy.VetoUnknown
+		if name == "" {
+			want = policy.Vetoed
+		}
+		if got, _ := w.Decide(p).Reason(w.Index.Base([]byte(s.Paths[i].Base))); got != want {
+			t.Errorf("under %s junk: %v, want %v", name, got, want)
+		}
+		w.Close()
 	}
 }

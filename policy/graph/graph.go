@@ -100,6 +100,10 @@ type Graph struct {
 	Keys   []string
 	Signed []Bits
 
+	// Unsure are the paths with more signatures than anybody looks at: a key that is not
+	// known to have signed one may have. nil: none.
+	Unsure Bits
+
 	// Origin is an index into Origins per path, or negative; nil: none is known.
 	Origin  []int32
 	Origins []Origin

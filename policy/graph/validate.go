@@ -75,6 +75,9 @@ func (g *Graph) Validate() error {
 			return invalid("the signatures by %q have %d words for %d paths", g.Keys[i], len(b), n)
 		}
 	}
+	if g.Unsure != nil && len(g.Unsure) != (n+63)/64 {
+		return invalid("Unsure has %d words for %d paths", len(g.Unsure), n)
+	}
 	for name, r := range g.Roots {
 		if err := ids("the root "+name, r.IDs, n); err != nil {
 			return err
