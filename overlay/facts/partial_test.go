@@ -153,3 +153,17 @@ func twoStores(t *testing.T) (stores []Store, own map[string]bool) {
 	stores[0].UpperDir = dir
 	return stores, own
 }
+
+// A table whose names ignore case gives no path the facts of another.
+func TestPartialNeedsTheVeryName(t *testing.T) {
+	file := forged(t, "pragma writable_schema=on; update sqlite_master set sql = replace(sql, 'text unique', 'text collate nocase unique') where name = 'ValidPaths';"+
+		"pragma writable_schema=reset; reindex")
+	stores := []Store{{DB: file, Layer: graph.Lower}}
+	l, err := LoadFor(t.Context(), stores, []string{"/nix/store/" + victim[:33] + "VICTIM", "/nix/store/" + victim}, Need{}, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if l.Graph.Len() != 1 || string(l.Graph.BaseName(0)) != victim {
+		t.Errorf("%d paths, %q", l.Graph.Len(), l.Graph.Base)
+	}
+}
