@@ -26,13 +26,17 @@ import (
 // object a line, in the order in which things were learned.
 const fileName = "origins.jsonl"
 
+// fileMode lets the group of the directory, if it is set-group-ID, read: whose paths
+// they are may know where they come from.
+const fileMode = 0o640
+
 const (
 	maxFile = 256 << 20 // bytes; a million records of usual size
 	maxLine = 4 << 20   // bytes; the bounds of a record, escaped at worst
 )
 
 var (
-	// ErrUnsafe: another user could have written the file. A forged record could
+	// ErrUnsafe: another user than root could have written the file. A forged record could
 	// make a policy grant.
 	ErrUnsafe = errors.New("provenance that another user could have written")
 	// ErrRecord: a record that cannot be kept.
@@ -55,7 +59,7 @@ type Store struct {
 }
 
 // Open reads the records in dir, which lies inside the keep's volume (K/provenance)
-// and is the caller's alone. Nothing is made until something is added. What a
+// and is written by root or the caller alone. Nothing is made until something is added. What a
 // crash tore off at the end is no error; lines that cannot be read are left out
 // and counted, see Damaged.
 func Open(dir string) (*Store, error) { return OpenWithin(dir, maxFile) }
@@ -104,7 +108,7 @@ func checkHeader(b []byte) error {
 
 // openFile opens the file and checks whose it is. fs.ErrNotExist: there is none.
 func (s *Store) openFile(flags int) (*os.File, int64, error) {
-	f, err := os.OpenFile(filepath.Join(s.dir, fileName), flags|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
+	f, err := os.OpenFile(filepath.Join(s.dir, fileName), flags|unix.O_NOFOLLOW|unix.O_NONBLOCK, fileMode)
 	if errors.Is(err, unix.ELOOP) {
 		return nil, 0, fmt.Errorf("%w: a symbolic link", ErrUnsafe)
 	}
@@ -115,7 +119,7 @@ func (s *Store) openFile(flags int) (*os.File, int64, error) {
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
 		return nil, 0, errors.Join(err, f.Close())
 	}
-	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Uid != uint32(os.Geteuid()) || st.Mode&0o022 != 0 {
+	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Uid != 0 && st.Uid != uint32(os.Geteuid()) || st.Mode&0o022 != 0 {
 		err := fmt.Errorf("%w: uid %d, mode %#o", ErrUnsafe, st.Uid, st.Mode)
 		return nil, 0, errors.Join(err, f.Close())
 	}
@@ -356,6 +360,9 @@ func (s *Store) append(b []byte) error {
 		return err
 	}
 	if end == 0 {
+		if err := f.Chmod(fileMode); err != nil { // whatever the umask
+			return err
+		}
 		b = append([]byte(headerLine), b...)
 	} else {
 		first := make([]byte, min(end, 4096))
@@ -479,7 +486,7 @@ func (s *Store) rewrite(keep func(Record) bool) error {
 			return err
 		}
 		file := filepath.Join(s.dir, fileName)
-		if err := renameio.WriteFile(file, out, 0o600, renameio.IgnoreUmask(), renameio.WithTempDir(s.dir)); err != nil {
+		if err := renameio.WriteFile(file, out, fileMode, renameio.IgnoreUmask(), renameio.WithTempDir(s.dir)); err != nil {
 			return err
 		}
 		s.known, s.lines, s.useless, s.damaged = next.known, next.lines, 0, 0

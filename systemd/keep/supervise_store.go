@@ -219,6 +219,7 @@ func (s *supervisor) watchPins(ctx context.Context) {
 	if err := os.Mkdir(s.k.NixDB(), 0o755); err != nil && !errors.Is(err, os.ErrExist) {
 		return
 	}
+	_ = os.Chmod(s.k.NixDB(), 0o755) // whatever our umask, as Nix itself would have made it
 	changes, err := nixdb.Watch(ctx, s.k.NixDB())
 	if err != nil {
 		return
