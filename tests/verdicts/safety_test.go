@@ -30,8 +30,9 @@ var readsProgram = sync.OnceValues(func() ([]byte, error) {
 	return b, errors.Join(err, os.Remove(file), os.Remove(dir))
 })
 
-// reads is how often the databases are read.
-const reads = 10000
+// reads is how often the databases are read on each machine: ten thousand times
+// beside a real Nix in all.
+const reads = 5000
 
 // safety reads both databases beside a Nix that adds and deletes all the time: in the
 // system store directly and through the daemon, and in the keep. No read fails or sees
@@ -57,9 +58,9 @@ func safety(t *testing.T, w *world) {
 		return "n=0; while test -e /run/go-on; do " + script + "; n=$((n+1)); done; echo rounds $n"
 	}
 	importing := func(x string) string {
-		return loop("nix-store --import < /run/pair-" + x + "; nix-store --delete " + pair(x))
+		return loop("nix-store --import < /run/pair-" + x + "; nix-store --delete " + pair(x) + " || :")
 	}
-	const adding = "echo $n > $TMPDIR/added-$n; nix-store --delete $(nix-store --add $TMPDIR/added-$n); rm $TMPDIR/added-$n"
+	const adding = "echo $n > $TMPDIR/added-$n; nix-store --delete $(nix-store --add $TMPDIR/added-$n) || :; rm $TMPDIR/added-$n"
 	writers := map[string]*bed.Proc{}
 	start := func(name, user, script string, env ...string) {
 		p, err := w.Start(user, script, env...)
@@ -70,7 +71,6 @@ func safety(t *testing.T, w *world) {
 		writers[name] = p
 	}
 	start("root, directly", "root", importing("a"), "NIX_REMOTE=local")
-	start("root, daemon", "root", importing("b"), daemon)
 	start("bob, daemon", "bob", loop(adding), daemon, "TMPDIR=/tmp")
 	start("alice, keep", "root", "cd /; exec overkeep run alice -- bash -euo pipefail -c "+"'"+loop(adding)+"'")
 
