@@ -133,6 +133,15 @@ type checkReport struct {
 	OnlyFor  amount       `json:"personal_for_the_unknown"`
 	Unknown  []string     `json:"unresolved"`
 	Notes    []string     `json:"notes"`
+	// Signatures are those of declared keys: what was verified now, what was remembered
+	// from before, and how many do not hold.
+	Signatures checkedSigs `json:"signatures"`
+}
+
+type checkedSigs struct {
+	Verified   int64 `json:"verified"`
+	Remembered int64 `json:"remembered"`
+	Bad        int64 `json:"bad"`
 }
 
 type brokenLine struct {
@@ -159,7 +168,8 @@ const maxBroken = 5
 func checked(v *policy.Verdicts, r *policy.Report, w *verdict.World) checkReport {
 	p, g := v.Policy(), v.Index().Graph()
 	out := checkReport{Lines: len(p.Rules), Broken: []brokenLine{}, Reach: []reaching{}, Idle: []ruleRef{}, Hanging: []hanging{},
-		OnlyFor: amountOf(r.OnlyFor), Unknown: append([]string{}, r.Unresolved...), Notes: append([]string{}, w.Notes...)}
+		OnlyFor: amountOf(r.OnlyFor), Unknown: append([]string{}, r.Unresolved...), Notes: append([]string{}, w.Notes...),
+		Signatures: checkedSigs{w.Signatures.Verified, w.Signatures.Remembered, w.Signatures.Bad}}
 	for i := range g.Len() {
 		id := graph.ID(i)
 		to := &out.Personal
