@@ -2,6 +2,7 @@ package policy
 
 import (
 	"cmp"
+	"math/rand/v2"
 	"slices"
 	"sync"
 
@@ -160,17 +161,21 @@ const ranks = 8 // rounds of the estimate
 // reachability", 1997: the least of random ranks tells how many there are).
 func (v *Verdicts) reach(o CheckOptions) (out []Reach) {
 	n := v.ix.g.Len()
-	dragged := false
-	for _, r := range v.reasons {
-		dragged = dragged || r == Reference
+	var all []graph.ID
+	for id, r := range v.reasons {
+		if r == Reference {
+			all = append(all, graph.ID(id))
+		}
 	}
-	if !dragged {
+	if all == nil {
 		return nil
 	}
 	sum := make([]float32, n)
 	least := make([]float32, n)
-	for round := range uint64(ranks) {
-		v.leastRanks(least, round)
+	shuffle := rand.New(rand.NewPCG(1, 2)) // the same every time
+	for range ranks {
+		shuffle.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+		v.leastRanks(least, all)
 		for id, l := range least {
 			sum[id] += l
 		}
@@ -195,33 +200,37 @@ func (v *Verdicts) reach(o CheckOptions) (out []Reach) {
 const noRank = 1e9
 
 // leastRanks gives every path the least rank of the dragged paths that lead to it by
-// way of dragged paths.
-func (v *Verdicts) leastRanks(least []float32, round uint64) {
+// way of dragged paths; their ranks are their places in a random order. Who comes
+// first leaves its rank wherever it leads, so nobody goes there again.
+func (v *Verdicts) leastRanks(least []float32, order []graph.ID) {
 	for id := range least {
 		least[id] = noRank
-		if v.reasons[id] == Reference {
-			// splitmix64: as good as random, and the same every time.
-			h := (uint64(id)+1)*0x9e3779b97f4a7c15 + round*0xbf58476d1ce4e5b9
-			h = (h ^ h>>30) * 0xbf58476d1ce4e5b9
-			h = (h ^ h>>27) * 0x94d049bb133111eb
-			least[id] = float32((h^h>>31)>>40) / (1 << 24)
-		}
 	}
-	list := v.ix.refs.list
-	for i := len(list) - 1; i >= 0; i-- {
-		id := list[i]
-		if v.reasons[id] != Reference {
+	var todo []graph.ID
+	for i, id := range order {
+		if least[id] != noRank {
 			continue
 		}
-		for _, r := range v.ix.g.References(id) {
-			least[r] = min(least[r], least[id])
+		rank := float32(i+1) / float32(len(order))
+		least[id] = rank
+		for todo = append(todo, id); len(todo) > 0; {
+			id := todo[len(todo)-1]
+			todo = todo[:len(todo)-1]
+			for _, r := range v.ix.g.References(id) {
+				if least[r] == noRank {
+					least[r] = rank
+					if v.reasons[r] == Reference {
+						todo = append(todo, r)
+					}
+				}
+			}
 		}
 	}
 }
 
 // pulls counts the paths that a personal path drags along. It leaves seen empty.
 func (v *Verdicts) pulls(id graph.ID, seen graph.Bits) (t Total) {
-	from := v.ix.referrers()
+	from := v.ix.from()
 	queue := []graph.ID{id}
 	seen.Set(id)
 	for i := 0; i < len(queue); i++ {

@@ -1,6 +1,8 @@
 package policy
 
 import (
+	"slices"
+
 	"overkeep/policy/graph"
 )
 
@@ -60,38 +62,10 @@ func (ix *Index) settle(yes, may graph.Bits, unsure bool) *column {
 // dependsOn says for every path whether its runtime closure, itself included, holds
 // one for which the condition is yes.
 func (ix *Index) dependsOn(cond *column) *column {
-	n := ix.g.Len()
-	yes, may := graph.NewBits(n), graph.NewBits(n)
-	ix.refs.each(func(scc []int32) {
-		y, m := false, false
-		for _, v := range scc {
-			if cond.yes.Has(v) {
-				y, m = true, true
-				break
-			}
-			if m = m || cond.may.Has(v) || ix.bad.Has(v); ix.bad.Has(v) {
-				continue
-			}
-			for _, r := range ix.g.References(v) {
-				if yes.Has(r) {
-					y, m = true, true
-					break
-				}
-				m = m || may.Has(r)
-			}
-			if y {
-				break
-			}
-		}
-		for _, v := range scc {
-			if m {
-				may.Set(v)
-			}
-			if y {
-				yes.Set(v)
-			}
-		}
-	})
+	yes := graph.NewBits(ix.g.Len())
+	ix.spread(yes, cond.yes, ix.bad)
+	may := slices.Clone(yes) // what is yes has spread
+	ix.spread(may, union(cond.may, ix.bad), ix.bad)
 	return ix.settle(yes, may, false)
 }
 
@@ -118,13 +92,13 @@ type flow struct {
 	n, k   int32
 	number []int32 // of a path among the derivations, or -1
 	drv    []graph.ID
-	makers *graph.Reverse
-	order  order
+	makers *graph.Reverse // the derivations that name a path as their output
+	made   *graph.Reverse // the paths that name a derivation as their deriver
 }
 
 func (ix *Index) newFlow() *flow {
 	g := ix.g
-	f := &flow{n: int32(g.Len()), number: make([]int32, g.Len()), makers: graph.NewMakers(g)}
+	f := &flow{n: int32(g.Len()), number: make([]int32, g.Len()), makers: graph.NewMakers(g), made: graph.NewMade(g)}
 	for id := range f.number {
 		f.number[id] = -1
 		if g.OutOff[id] < g.OutOff[id+1] || g.IsDerivation(graph.ID(id)) {
@@ -143,7 +117,6 @@ func (ix *Index) newFlow() *flow {
 			f.drv = append(f.drv, graph.ID(id))
 		}
 	}
-	f.order = ordered(int(f.n+2*f.k), func(v int32, k int) int32 { return ix.flows(f, v, k) })
 	return f
 }
 
@@ -230,6 +203,75 @@ func (f *flow) origin(g *graph.Graph, id graph.ID) graph.Tri {
 	return graph.Unknown
 }
 
+func union(a, b graph.Bits) graph.Bits {
+	out := slices.Clone(a)
+	for i := range out {
+		out[i] |= b[i]
+	}
+	return out
+}
+
+// flood adds to a set of nodes all that flow leads to from one in fresh, and fresh
+// itself: the arrows of flows, the other way round.
+func (ix *Index) flood(f *flow, set, fresh graph.Bits) {
+	g := ix.g
+	queue := admit(set, fresh)
+	if len(queue) == 0 {
+		return
+	}
+	from := ix.from()
+	add := func(v int32) {
+		if !set.Has(v) {
+			set.Set(v)
+			queue = append(queue, v)
+		}
+	}
+	for len(queue) > 0 {
+		v := queue[len(queue)-1]
+		queue = queue[:len(queue)-1]
+		id := f.path(v)
+		isDrv := f.number[id] >= 0
+		switch {
+		case v < f.n: // a path: what refers to it, and what used the derivation it is an output of
+			for _, r := range from.To(id) {
+				if ix.bad.Has(r) {
+					continue
+				}
+				add(r)
+				if !isDrv && f.number[r] >= 0 {
+					add(f.building(r))
+				}
+			}
+			for _, d := range f.makers.To(id) {
+				if !ix.bad.Has(d) {
+					add(f.as(d))
+				}
+			}
+			if isDrv {
+				add(f.as(id))
+			}
+		case v < f.n+f.k: // a building: what was built, and the derivation as an input
+			add(f.as(id))
+			for _, p := range f.made.To(id) {
+				if !ix.bad.Has(p) {
+					add(p)
+				}
+			}
+			for _, p := range g.Outputs(id) {
+				if !ix.bad.Has(p) {
+					add(p)
+				}
+			}
+		default: // an input: the buildings that used it
+			for _, r := range from.To(id) {
+				if f.number[r] >= 0 && !ix.bad.Has(r) {
+					add(f.building(r))
+				}
+			}
+		}
+	}
+}
+
 // builtFrom says for every path whether what it was built from holds one for which
 // the condition is yes: everything that flowed into the buildings that made it or
 // into what it refers to (which was there when it was built).
@@ -237,56 +279,63 @@ func (ix *Index) builtFrom(cond *column) *column {
 	if ix.flow == nil {
 		ix.flow = ix.newFlow()
 	}
-	f, g := ix.flow, ix.g
-	size := int(f.n + 2*f.k)
-	yes, may := graph.NewBits(size), graph.NewBits(size)
-	f.order.each(func(scc []int32) {
-		y, m := false, false
-		for _, v := range scc {
-			if id := f.path(v); v < f.n+f.k {
-				y = y || cond.yes.Has(id)
-				m = m || cond.may.Has(id) || ix.bad.Has(id) || v < f.n && f.origin(g, id) == graph.Unknown
-			}
-			for k := 0; !y; k++ {
-				w := ix.flows(f, v, k)
-				if w < 0 {
-					break
-				}
-				y, m = y || yes.Has(w), m || may.Has(w)
-			}
-			if y {
-				break
-			}
-		}
-		for _, v := range scc {
-			if y {
-				yes.Set(v)
-			}
-			if y || m {
-				may.Set(v)
-			}
-		}
-	})
-	outYes, outMay := graph.NewBits(g.Len()), graph.NewBits(g.Len())
-	for id := range graph.ID(g.Len()) {
-		origin := f.origin(g, id)
-		if origin == graph.No {
-			continue
-		}
-		y, m := false, origin == graph.Unknown
-		ix.sources(f, id, func(v int32) bool {
-			y, m = y || yes.Has(v), m || may.Has(v)
-			return !y
-		})
-		// With no deriver and a kind that may be a source, a yes is one only if it was built.
-		if y && ix.surelyBuilt(f, id) {
-			outYes.Set(id)
-		}
-		if y || m {
-			outMay.Set(id)
+	f, g, n := ix.flow, ix.g, ix.g.Len()
+	origin := func(id graph.ID) graph.Tri { return f.origin(g, id) }
+	doubt := graph.NewBits(n) // of paths themselves: how they came about is not known
+	for id := range graph.ID(n) {
+		if origin(id) == graph.Unknown {
+			doubt.Set(id)
 		}
 	}
-	return ix.settle(outYes, outMay, false)
+	size := int(f.n + 2*f.k)
+	set := graph.NewBits(size)
+	// pour lets flow what is in base, as a path or a derivation that is built, and what
+	// is in more as a path only. It returns the paths into which something flowed that
+	// is not only themselves.
+	pour := func(base, more graph.Bits) graph.Bits {
+		own := union(base, more)
+		fresh := graph.NewBits(size)
+		copy(fresh, own)
+		for _, d := range f.drv {
+			if base.Has(d) {
+				fresh.Set(f.building(d))
+			}
+		}
+		ix.flood(f, set, fresh)
+		out := graph.NewBits(n)
+		copy(out, set)
+		own.Each(func(id graph.ID) {
+			held := false
+			ix.sources(f, id, func(v int32) bool {
+				held = set.Has(v)
+				return !held
+			})
+			if !held {
+				out[id>>6] &^= 1 << (uint(id) & 63)
+			}
+		})
+		ix.trim(0, out, out)
+		return out
+	}
+	yes := pour(cond.yes, graph.NewBits(n))
+	may := pour(union(cond.may, ix.bad), doubt) // into what is yes already
+	for id := range graph.ID(n) {
+		bit := uint64(1) << (uint(id) & 63)
+		switch origin(id) {
+		case graph.No:
+			yes[id>>6] &^= bit
+			may[id>>6] &^= bit
+			continue
+		case graph.Unknown:
+			may[id>>6] |= bit
+		}
+		// With no deriver and a kind that may be a source, a yes is one only if it was built.
+		if yes.Has(id) && !ix.surelyBuilt(f, id) {
+			yes[id>>6] &^= bit
+			may[id>>6] |= bit
+		}
+	}
+	return ix.settle(yes, may, false)
 }
 
 // surelyBuilt reports whether a path can be nothing but the output of a build.

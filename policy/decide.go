@@ -47,7 +47,7 @@ type Verdicts struct {
 	rules   []uint16 // the line that decided, plus one
 }
 
-// Decide orders and decides a graph once; see Index.Decide for more than once.
+// Decide indexes and decides a graph once; see Index.Decide for more than once.
 func Decide(g *graph.Graph, p *Policy) (*Verdicts, error) {
 	ix, err := NewIndex(g)
 	if err != nil {
@@ -192,34 +192,62 @@ func (v *Verdicts) place(t *tally, b *block) {
 	}
 }
 
-// close takes out of System what refers to something outside. In the order of
-// references one pass does, and the paths of a cycle stay or go together.
+// sweeps is how often close goes through all paths before it turns the references
+// round, which costs as much as a few sweeps.
+var sweeps = 4 // tests try none
+
+// close takes out of System what refers, by whatever way, to something that is no
+// candidate. The paths of a cycle stay or go together.
+//
+// Nix mostly registers a path after what it refers to, so one sweep in the order of
+// the ids finds nearly all. Only paths that refer forwards can be left over.
 func (v *Verdicts) close() {
-	g := v.ix.g
-	v.ix.refs.each(func(scc []int32) {
-		closed := true
-		for _, id := range scc {
-			closed = closed && v.System.Has(id)
-		}
-		if closed && len(scc) == 1 {
-			for _, r := range g.References(scc[0]) {
-				closed = closed && v.System.Has(r) // itself is, so far
-			}
-		} else if closed {
-			for _, id := range scc {
-				for _, r := range g.References(id) {
-					closed = closed && v.System.Has(r)
+	for range sweeps {
+		for w, system := range v.System {
+			for ; system != 0; system &= system - 1 {
+				if bit := bits.TrailingZeros64(system); v.opens(graph.ID(w*64 + bit)) {
+					v.System[w] &^= 1 << bit
+					v.reasons[w*64+bit] = Reference
 				}
 			}
 		}
-		if closed {
+		if v.left() == nil {
 			return
 		}
-		for _, id := range scc {
-			if v.System.Has(id) {
-				v.System[id>>6] &^= 1 << (uint(id) & 63)
-				v.reasons[id] = Reference
-			}
+	}
+	personal := graph.NewBits(len(v.reasons))
+	for i, w := range v.System {
+		personal[i] = ^w
+	}
+	v.ix.trim(0, personal, personal)
+	v.ix.spread(personal, v.left(), graph.NewBits(len(v.reasons)))
+	for i, w := range personal {
+		graph.Bits{v.System[i] & w}.Each(func(bit graph.ID) { v.reasons[graph.ID(i*64)+bit] = Reference })
+		v.System[i] &^= w
+	}
+}
+
+// opens reports whether a path refers to one that is not in System.
+func (v *Verdicts) opens(id graph.ID) bool {
+	for _, r := range v.ix.g.References(id) {
+		if !v.System.Has(r) {
+			return true
 		}
-	})
+	}
+	return false
+}
+
+// left is the paths in System that a sweep could not know to go, nil if there is none.
+func (v *Verdicts) left() (set graph.Bits) {
+	for w, back := range v.ix.back {
+		graph.Bits{back & v.System[w]}.Each(func(bit graph.ID) {
+			if id := graph.ID(w*64) + bit; v.opens(id) {
+				if set == nil {
+					set = graph.NewBits(len(v.reasons))
+				}
+				set.Set(id)
+			}
+		})
+	}
+	return set
 }

@@ -102,7 +102,7 @@ func (v *Verdicts) Causes() *Causes {
 			queue = append(queue, id)
 		}
 	}
-	from := v.ix.referrers()
+	from := v.ix.from()
 	for i := 0; i < len(queue); i++ {
 		id := queue[i]
 		for _, r := range from.To(id) {

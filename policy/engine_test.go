@@ -2,6 +2,8 @@ package policy
 
 import (
 	"fmt"
+	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -520,5 +522,60 @@ func TestBigAgainstFixpoint(t *testing.T) {
 	}
 	if n := v.System.Count(); n < 100 || n > 19_900 {
 		t.Errorf("%d system paths show nothing", n)
+	}
+}
+
+// What docs/POLICY.md shows can be said, as it stands there.
+func TestDocumentation(t *testing.T) {
+	doc, err := os.ReadFile("../docs/POLICY.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	policy, expect, _ := strings.Cut(string(doc), "\n## Expectations\n")
+	blocks := func(text string) string {
+		return regexp.MustCompile(`(?m)^ {0,3}\S.*$`).ReplaceAllString(text, "")
+	}
+	p := mustParse(t, Source{"docs/POLICY.md", []byte(blocks(policy)), true})
+	if len(p.Rules) < 8 {
+		t.Errorf("only %d rules found; has its form changed?", len(p.Rules))
+	}
+	x, err := p.ParseExpectations(Source{"docs/POLICY.md", []byte(blocks(expect)), false})
+	if err != nil || x.Len() < 3 {
+		t.Errorf("%v", err)
+	}
+	// The first column of the table of terms.
+	terms := regexp.MustCompile("(?m)^\\| `([^`]+)` \\| ").FindAllStringSubmatch(policy[strings.Index(policy, "\n## Terms"):], -1)
+	if len(terms) < 14 {
+		t.Errorf("only %d terms found", len(terms))
+	}
+	for _, m := range terms {
+		if _, err := p.Query(Source{"docs/POLICY.md", []byte(m[1]), false}); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, bare := range regexp.MustCompile("`((?:personal|system) [a-z-]+ [^`]*\"[^`]*|personal built-here)`").FindAllStringSubmatch(policy, -1) {
+		if _, err := Parse(Source{"docs/POLICY.md", []byte(bare[1]), true}); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// No paths at all, and a path whose number ends a word.
+func TestEdgesOfTheGraph(t *testing.T) {
+	for _, n := range []int{0, 1, 63, 64, 65, 128, 4095, 4096, 4097} {
+		b := graph.NewBuilder("/nix/store")
+		for i := range n {
+			b.Add(graph.Path{Base: base(fmt.Sprintf("x%d", i)), Flags: graph.Output})
+		}
+		g, err := b.Graph()
+		if err != nil {
+			t.Fatal(err)
+		}
+		v := mustDecide(t, g, parsed(t, "system not built-from (unfree) or not name \"y*\"\npersonal not name \"x*\"\nrequire system not unsigned"))
+		if v.System.Count() != n || v.Stats[0].Yes != n {
+			t.Errorf("%d of %d are system, %+v", v.System.Count(), n, v.Stats)
+		}
+		v.Check(CheckOptions{})
+		Diff(v, v)
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -152,34 +153,62 @@ func misplaced(f graph.Flags, system bool) bool {
 	return f&graph.Lower != 0
 }
 
+// order sorts the paths. A million of them are compared by numbers first: the key,
+// then the first letters of the name.
 func (o *listOptions) order(v *policy.Verdicts, ids []graph.ID, sizes []int64) {
 	g := v.Index().Graph()
-	byName := func(x, y graph.ID) int {
-		return cmp.Or(bytes.Compare(g.Name(x), g.Name(y)), bytes.Compare(g.BaseName(x), g.BaseName(y)))
+	type keyed struct {
+		key, name uint64
+		id        graph.ID
 	}
-	slices.SortFunc(ids, func(x, y graph.ID) int {
+	all := make([]keyed, len(ids))
+	for i, id := range ids {
+		var letters [16]byte
+		copy(letters[:], g.Name(id))
+		k := keyed{binary.BigEndian.Uint64(letters[:]), binary.BigEndian.Uint64(letters[8:]), id}
 		switch o.sort {
 		case "size":
-			return cmp.Or(cmp.Compare(sizes[y], sizes[x]), byName(x, y))
+			k.key, k.name = ^uint64(sizes[id]), k.key
 		case "reason":
-			rx, lx := v.Reason(x)
-			ry, ly := v.Reason(y)
-			return cmp.Or(cmp.Compare(rx, ry), cmp.Compare(lx, ly), byName(x, y))
+			reason, line := v.Reason(id)
+			k.key, k.name = uint64(reason)<<32|uint64(uint32(line+1)), k.key
 		}
-		return byName(x, y)
+		all[i] = k
+	}
+	slices.SortFunc(all, func(x, y keyed) int {
+		if c := cmp.Compare(x.key, y.key); c != 0 {
+			return c
+		}
+		if c := cmp.Compare(x.name, y.name); c != 0 {
+			return c
+		}
+		return cmp.Or(bytes.Compare(g.Name(x.id), g.Name(y.id)), bytes.Compare(g.BaseName(x.id), g.BaseName(y.id)))
 	})
+	for i, k := range all {
+		ids[i] = k.id
+	}
 }
 
 // writeList writes a line a path: placement, where it lies, size, path, reason.
 func writeList(out io.Writer, v *policy.Verdicts, ids []graph.ID, sizes []int64) error {
+	const blanks = "        "
 	g := v.Index().Graph()
 	why := reasonTexts(v)
-	var line []byte
+	var line, size []byte
 	for _, id := range ids {
 		reason, rule := v.Reason(id)
 		system := v.System.Has(id)
-		line = fmt.Appendf(line[:0], "%-9s %s %8s  %s  %s\n", placement(system), lieMark(g.Flags[id], system),
-			formatSize(sizes[id]), g.BaseName(id), why(reason, rule))
+		size = appendSize(size[:0], sizes[id])
+		line = append(line[:0], placement(system)...)
+		line = append(line, blanks[:10-len(line)]...)
+		line = append(line, lieMark(g.Flags[id], system)...)
+		line = append(line, blanks[:1+max(0, 6-len(size))]...)
+		line = append(line, size...)
+		line = append(line, ' ', ' ')
+		line = append(line, g.BaseName(id)...)
+		line = append(line, ' ', ' ')
+		line = append(line, why(reason, rule)...)
+		line = append(line, '\n')
 		if _, err := out.Write(line); err != nil {
 			return err
 		}
@@ -189,8 +218,8 @@ func writeList(out io.Writer, v *policy.Verdicts, ids []graph.ID, sizes []int64)
 
 // lieMark says in one letter pair where a path lies; "!" marks the misplaced ones.
 func lieMark(f graph.Flags, system bool) string {
-	mark := [...]string{"--", "s-", "-p", "sp"}
-	i := 0
+	mark := [...][2]string{{"-- ", "--!"}, {"s- ", "s-!"}, {"-p ", "-p!"}, {"sp ", "sp!"}}
+	i, bad := 0, 0
 	if f&graph.Lower != 0 {
 		i |= 1
 	}
@@ -198,9 +227,9 @@ func lieMark(f graph.Flags, system bool) string {
 		i |= 2
 	}
 	if misplaced(f, system) {
-		return mark[i] + "!"
+		bad = 1
 	}
-	return mark[i] + " "
+	return mark[i][bad]
 }
 
 // reasonTexts returns a function that says reasons in a few words, made once each.

@@ -63,6 +63,8 @@ func runPolicyInit(ctx context.Context, a *app, cmd *cobra.Command, o policyInit
 	if err := s.ask(ctx, a, cmd); err != nil {
 		return err
 	}
+	_, err := os.Stat(defaultProfile)
+	s.Profile = err == nil
 	text := s.text()
 	// What the questions let through, a key that is none or a pattern that is none,
 	// the parser finds.

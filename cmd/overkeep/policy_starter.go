@@ -27,6 +27,7 @@ type starter struct {
 	Kind    machineKind
 	Keys    []string // NAME:BASE64
 	Private []string // patterns of names
+	Profile bool     // there is a default profile
 }
 
 // text writes the policy with comments that say what each line is for.
@@ -72,9 +73,12 @@ func (s starter) text() string {
 		p("system boot")
 		p("require system boot")
 	case kindLinux:
+		if !s.Profile {
+			break
+		}
 		p("")
 		p("# Nix itself, as its installer put it into the default profile.")
-		p("system closure-of /nix/var/nix/profiles/default")
+		p("system closure-of %s", defaultProfile)
 	case kindStrict:
 		p("")
 		p("# What was built or added here is nobody's business, signed or not.")
@@ -103,6 +107,9 @@ func (s starter) text() string {
 	p("personal built-here and built-from (secret)")
 	return b.String()
 }
+
+// defaultProfile is where the installers of Nix put Nix.
+const defaultProfile = "/nix/var/nix/profiles/default"
 
 // guessKind looks whether this is NixOS (its activation makes /etc/NIXOS).
 func guessKind() machineKind {

@@ -54,18 +54,24 @@ func unitShift(unit string) (uint, bool) {
 }
 
 // formatSize writes n in the largest unit that divides it, or with one decimal.
-func formatSize(n int64) string {
+func formatSize(n int64) string { return string(appendSize(nil, n)) }
+
+func appendSize(b []byte, n int64) []byte {
 	for i := len(sizeUnits) - 1; i >= 0; i-- {
 		u := sizeUnits[i]
 		if n < 1<<u.shift {
 			continue
 		}
-		if n%(1<<u.shift) == 0 {
-			return fmt.Sprintf("%d%c", n>>u.shift, u.letter)
+		whole, rest := n>>u.shift, n&(1<<u.shift-1)
+		if rest != 0 {
+			tenths := (rest>>(u.shift-10)*10 + 1<<9) >> 10 // 10 bits of the rest are enough for one decimal
+			whole, rest = whole+tenths/10, tenths%10
+			b = strconv.AppendInt(b, whole, 10)
+			return append(b, '.', byte('0'+rest), u.letter)
 		}
-		return fmt.Sprintf("%.1f%c", float64(n)/float64(int64(1)<<u.shift), u.letter)
+		return append(strconv.AppendInt(b, whole, 10), u.letter)
 	}
-	return strconv.FormatInt(n, 10) + "B"
+	return append(strconv.AppendInt(b, n, 10), 'B')
 }
 
 func (s *size) String() string { return formatSize(int64(*s)) }

@@ -21,7 +21,13 @@ type Need struct {
 	// Build asks for where the paths come from: the derivations that made them, all
 	// that those derivations need, what was built of it, and so on.
 	Build bool
+	// Most ends the search with ErrMany when it has found more paths than that: to
+	// load all is then faster. 0: no end.
+	Most int
 }
+
+// ErrMany: more paths are needed than Need.Most.
+var ErrMany = errors.New("many paths are needed")
 
 // LoadFor reads what is needed to judge the targets (whole store paths), at a cost
 // that depends on the answer and not on the store. What it reads is closed: every
@@ -60,7 +66,7 @@ func LoadFor(ctx context.Context, stores []Store, targets []string, need Need, o
 			}
 		}
 	}
-	if err := p.follow(ctx); err != nil {
+	if err := p.follow(ctx, need.Most); err != nil {
 		return nil, err
 	}
 	p.join()
@@ -108,9 +114,15 @@ func (p *partial) add(ctx context.Context, base []byte) (graph.ID, error) {
 	if id, ok := p.ids[string(base)]; ok {
 		return id, nil
 	}
-	name := string(base) // base may lie in a row that is about to be overwritten
-	id := graph.NoID
+	return p.ask(ctx, string(base), graph.NoID, -1)
+}
+
+// ask asks the databases for a path, save the one that has told already.
+func (p *partial) ask(ctx context.Context, name string, id graph.ID, told int) (graph.ID, error) {
 	for k, src := range p.from {
+		if k == told {
+			continue
+		}
 		var r nixdb.Row
 		found, err := src.look.ByPath(ctx, p.whole([]byte(name)), &r)
 		if err != nil {
@@ -156,7 +168,7 @@ func (p *partial) learn(id graph.ID, k int, r *nixdb.Row) {
 	}
 	if g.Flags[id]&graph.LayerMask == 0 {
 		g.NarSize[id] = size
-	} else if g.NarSize[id] != size || p.agree[id][0] != a {
+	} else if g.NarSize[id] != size || p.agree[id][1-k] != a {
 		f |= graph.Differs
 	}
 	p.agree[id][k] = a
@@ -169,8 +181,11 @@ func (p *partial) learn(id graph.ID, k int, r *nixdb.Row) {
 }
 
 // follow adds, from every path on, what is needed of it.
-func (p *partial) follow(ctx context.Context) error {
+func (p *partial) follow(ctx context.Context, most int) error {
 	for id := graph.ID(0); int(id) < len(p.g.Flags); id++ {
+		if most > 0 && len(p.g.Flags) > most {
+			return ErrMany
+		}
 		for k, src := range p.from {
 			if src.row[id] == noRow {
 				continue
@@ -183,6 +198,9 @@ func (p *partial) follow(ctx context.Context) error {
 					return err
 				}
 				continue
+			}
+			if p.g.Flags[id]&saysDeriver != 0 || bytes.HasSuffix(p.g.BaseName(id), dotDrv) {
+				continue // its kind is the same, whoever has it as output
 			}
 			drvs, err := p.makers(ctx, id, k)
 			if err != nil {
@@ -214,17 +232,18 @@ func (p *partial) byRow(ctx context.Context, k int, row int64) (graph.ID, error)
 	if err != nil {
 		return graph.NoID, err
 	}
-	if base := baseOf(r.Path, p.prefix); found && base != nil {
-		if _, err := p.add(ctx, base); err != nil {
-			return graph.NoID, err
-		}
+	src.rows[row] = graph.NoID
+	base := baseOf(r.Path, p.prefix)
+	if !found || base == nil {
+		return graph.NoID, nil
 	}
-	id, ok := src.rows[row]
-	if !ok {
-		id = graph.NoID
-		src.rows[row] = id
+	if _, twice := p.ids[string(base)]; twice { // by its name, another row or none was found
+		return graph.NoID, nil
 	}
-	return id, nil
+	name := string(base)
+	id := p.newID(name)
+	p.learn(id, k, &r)
+	return p.ask(ctx, name, id, k)
 }
 
 func (p *partial) references(ctx context.Context, id graph.ID, k int) error {

@@ -1,6 +1,7 @@
 package facts
 
 import (
+	"errors"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -86,6 +87,16 @@ func TestLoadFor(t *testing.T) {
 			targets = append(targets, graph.ID(rng.IntN(3000)))
 		}
 		comparePartial(t, whole, stores, targets, i%2 == 0)
+	}
+	all := make([]string, whole.Graph.Len())
+	for i := range all {
+		all[i] = whole.Graph.Path(graph.ID(i))
+	}
+	if _, err := LoadFor(t.Context(), stores, all, Need{Most: len(all) - 1}, Options{}); !errors.Is(err, ErrMany) {
+		t.Errorf("all paths, and one less allowed: %v", err)
+	}
+	if _, err := LoadFor(t.Context(), stores, all, Need{Most: len(all)}, Options{}); err != nil {
+		t.Errorf("all paths, and as many allowed: %v", err)
 	}
 	l, err := LoadFor(t.Context(), stores, []string{"", "/", "/nix/store/x", "/nix/store/00000000000000000000000000000000-x"}, Need{Build: true}, Options{})
 	if err != nil || l.Graph.Len() != 0 {

@@ -23,8 +23,12 @@ type question struct {
 // Lookup prepares the statements. It must be closed before the snapshot.
 func (s *Snapshot) Lookup() (*Lookup, error) {
 	l := &Lookup{s: s}
-	paths := batch.NewRows(pathColumns)
-	one := batch.NewRows(1)
+	// Rows and index entries of one closure lie all over a large database.
+	if err := s.readers[0].Exec("pragma cache_size=-32768"); err != nil {
+		return nil, s.wrap(err)
+	}
+	paths := batch.NewRows(pathColumns, 1)
+	one := batch.NewRows(1, 16)
 	for _, q := range []struct {
 		to   **question
 		text string

@@ -120,7 +120,7 @@ func scalar(c *batch.Conn, query string) (int64, error) {
 		return 0, err
 	}
 	defer st.Close()
-	rows := batch.NewRows(1)
+	rows := batch.NewRows(1, 1)
 	if _, err := st.Next(rows); err != nil {
 		return 0, err
 	}
@@ -158,7 +158,7 @@ func (s *Snapshot) check(ctx context.Context) error {
 	bad := func(what string) error { return fmt.Errorf("%q: %w: %s", s.path, ErrSchema, what) }
 	for table, want := range columns {
 		kind := ""
-		err := s.query(ctx, 0, "select name, type, wr from pragma_table_list where schema = 'main' and name = '"+table+"' collate nocase", 3, nil,
+		err := s.query(ctx, 0, "select name, type, wr from pragma_table_list where schema = 'main' and name = '"+table+"' collate nocase", 3, few, nil,
 			func(r *batch.Rows, i int) error {
 				if kind = string(r.Text(i, 1)); r.Int(i, 2) != 0 {
 					kind = "without row ids"
@@ -172,7 +172,7 @@ func (s *Snapshot) check(ctx context.Context) error {
 			return bad("no table " + table)
 		}
 		have := map[string]string{}
-		err = s.query(ctx, 0, "select name, type, pk, hidden from pragma_table_xinfo('"+table+"')", 4, nil,
+		err = s.query(ctx, 0, "select name, type, pk, hidden from pragma_table_xinfo('"+table+"')", 4, few, nil,
 			func(r *batch.Rows, i int) error {
 				name := string(r.Text(i, 0))
 				have[name] = fmt.Sprintf("%s %d %d", strings.ToLower(string(r.Text(i, 1))), r.Int(i, 2), r.Int(i, 3))
@@ -192,7 +192,7 @@ func (s *Snapshot) check(ctx context.Context) error {
 	}
 	n := 0
 	err := s.query(ctx, 0, `select count(*) from pragma_index_list('Refs') l where not partial and
-		(select group_concat(name) from (select name from pragma_index_info(l.name) order by seqno)) = 'referrer,reference'`, 1, nil,
+		(select group_concat(name) from (select name from pragma_index_info(l.name) order by seqno)) = 'referrer,reference'`, 1, few, nil,
 		func(r *batch.Rows, i int) error { n = int(r.Int(i, 0)); return nil })
 	if err != nil {
 		return err
@@ -208,28 +208,31 @@ func (s *Snapshot) check(ctx context.Context) error {
 func (s *Snapshot) checkCA(ctx context.Context) error {
 	var tables []string
 	err := s.query(ctx, 0, `select name from pragma_table_list where schema = 'main' and type = 'table'
-		and (name like 'Realisations%' or name like 'BuildTrace%')`, 1, nil, func(r *batch.Rows, i int) error {
+		and (name like 'Realisations%' or name like 'BuildTrace%')`, 1, few, nil, func(r *batch.Rows, i int) error {
 		tables = append(tables, string(r.Text(i, 0)))
 		return nil
 	})
 	for _, t := range tables {
 		if err == nil && !s.AnyCA {
-			err = s.query(ctx, 0, `select 1 from "`+strings.ReplaceAll(t, `"`, `""`)+`" limit 1`, 1, nil,
+			err = s.query(ctx, 0, `select 1 from "`+strings.ReplaceAll(t, `"`, `""`)+`" limit 1`, 1, few, nil,
 				func(*batch.Rows, int) error { s.AnyCA = true; return nil })
 		}
 	}
 	return err
 }
 
-// query calls each for every row of a statement.
-func (s *Snapshot) query(ctx context.Context, reader int, query string, columns int, bind []any, each func(r *batch.Rows, row int) error) error {
+// query calls each for every row of a statement, reading n at a time.
+func (s *Snapshot) query(ctx context.Context, reader int, query string, columns, n int, bind []any, each func(r *batch.Rows, row int) error) error {
 	st, err := s.readers[reader].Prepare(query, columns)
 	if err != nil {
 		return s.wrap(err)
 	}
 	defer st.Close()
-	return s.run(ctx, st, batch.NewRows(columns), bind, each)
+	return s.run(ctx, st, batch.NewRows(columns, n), bind, each)
 }
+
+// few rows are expected.
+const few = 8
 
 // run binds, steps through and resets a statement.
 func (s *Snapshot) run(ctx context.Context, st *batch.Stmt, rows *batch.Rows, bind []any, each func(r *batch.Rows, row int) error) error {
@@ -316,7 +319,7 @@ func selectPaths(sigs bool) string {
 
 func (s *Snapshot) paths(ctx context.Context, reader int, where string, bind []any, sigs bool, each func(*Row) error) error {
 	var row Row
-	return s.query(ctx, reader, selectPaths(sigs)+where, pathColumns, bind, func(r *batch.Rows, i int) error {
+	return s.query(ctx, reader, selectPaths(sigs)+where, pathColumns, batch.ManyRows, bind, func(r *batch.Rows, i int) error {
 		row.fill(r, i, sigs)
 		return each(&row)
 	})
@@ -361,7 +364,7 @@ func (p *Row) fill(r *batch.Rows, i int, sigs bool) {
 // Bounds are the least and the greatest id, or 1, 0 where there are no paths.
 func (s *Snapshot) Bounds(ctx context.Context) (lo, hi int64, err error) {
 	lo, hi = 1, 0
-	err = s.query(ctx, 0, "select (select min(id) from ValidPaths), (select max(id) from ValidPaths)", 2, nil, func(r *batch.Rows, i int) error {
+	err = s.query(ctx, 0, "select (select min(id) from ValidPaths), (select max(id) from ValidPaths)", 2, few, nil, func(r *batch.Rows, i int) error {
 		if r.Type(i, 0) == batch.Integer && r.Type(i, 1) == batch.Integer {
 			lo, hi = r.Int(i, 0), r.Int(i, 1)
 		}
@@ -414,7 +417,7 @@ func (s *Snapshot) Refs(ctx context.Context, reader int, lo, hi int64, each func
 // Outputs calls each for the rows of DerivationOutputs: the id of a derivation and
 // the path of an output, valid or not. A row of wrong type is left out.
 func (s *Snapshot) Outputs(ctx context.Context, reader int, each func(drv int64, path []byte) error) error {
-	return s.query(ctx, reader, "select drv, path from DerivationOutputs", 2, nil, func(r *batch.Rows, i int) error {
+	return s.query(ctx, reader, "select drv, path from DerivationOutputs", 2, batch.ManyRows, nil, func(r *batch.Rows, i int) error {
 		if r.Type(i, 0) != batch.Integer || r.Type(i, 1) != batch.Text {
 			return nil
 		}

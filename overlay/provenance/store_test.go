@@ -146,6 +146,20 @@ func TestTornAnywhere(t *testing.T) {
 	}
 }
 
+// What was torn is gone before something shorter takes its place.
+func TestTornTailIsCutOff(t *testing.T) {
+	dir := t.TempDir()
+	put(t, open(t, dir), from("a", "u1"))
+	whole := content(t, dir)
+	if err := os.WriteFile(filepath.Join(dir, fileName), []byte(whole+strings.Repeat("x", 200000)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	put(t, open(t, dir), from("b", "u2"))
+	if got := content(t, dir); !strings.HasPrefix(got, whole) || strings.Contains(got, "x") || !strings.HasSuffix(got, "}\n") {
+		t.Errorf("%.1000q", got)
+	}
+}
+
 // A line that cannot be read is left out, told, and gone after a compaction.
 func TestDamaged(t *testing.T) {
 	dir := t.TempDir()

@@ -37,7 +37,7 @@ func LoadFor(ctx context.Context, in Input, p *policy.Policy, words []string) (*
 		found[i] = paths
 		targets = append(targets, paths...)
 	}
-	need := facts.Need{Build: p.Needs().BuildInput}
+	need := facts.Need{Build: p.Needs().BuildInput, Most: fewPaths}
 	for _, pattern := range p.ClosurePatterns() {
 		paths, err := f.pattern(ctx, pattern.Glob, pattern.Base)
 		if err != nil {
@@ -55,6 +55,9 @@ func LoadFor(ctx context.Context, in Input, p *policy.Policy, words []string) (*
 	}
 	w, err := load(ctx, in, []*policy.Policy{p}, func(o facts.Options) (*facts.Snapshot, error) {
 		l, err := facts.LoadFor(ctx, in.Stores, targets, need, o)
+		if errors.Is(err, facts.ErrMany) {
+			return facts.Open(ctx, in.Stores, o)
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -73,6 +76,10 @@ func LoadFor(ctx context.Context, in Input, p *policy.Policy, words []string) (*
 	}
 	return w, out, nil
 }
+
+// fewPaths are read one by one; beyond them one reading of everything is faster
+// (about 50 us a path against 1 us).
+const fewPaths = 20000
 
 // finder looks for paths by their names in the databases.
 type finder struct {

@@ -1,6 +1,9 @@
 package graph
 
-import "bytes"
+import (
+	"bytes"
+	"sync"
+)
 
 // Names finds paths by their base name. It is an index over one graph, 8 bytes a
 // path, for what joins two graphs or takes names from a person.
@@ -63,23 +66,75 @@ func NewReverse(g *Graph) *Reverse { return turn(g.Len(), g.RefOff, g.Refs) }
 // path as their output.
 func NewMakers(g *Graph) *Reverse { return turn(g.Len(), g.OutOff, g.Outs) }
 
-func turn(n int, off []uint32, to []ID) *Reverse {
-	r := &Reverse{make([]uint32, n+1), make([]ID, len(to))}
-	for _, t := range to {
-		r.Off[t+1]++
+// NewMade turns the derivers of a valid graph round: which paths name a derivation as
+// theirs.
+func NewMade(g *Graph) *Reverse {
+	n := g.Len()
+	r := &Reverse{Off: make([]uint32, n+1)}
+	for _, d := range g.Deriver {
+		if d != NoID {
+			r.Off[d+1]++
+		}
 	}
 	for i := range n {
 		r.Off[i+1] += r.Off[i]
 	}
-	for from := range n {
-		for _, t := range to[off[from]:off[from+1]] {
-			r.From[r.Off[t]] = ID(from)
-			r.Off[t]++
+	r.From = make([]ID, r.Off[n])
+	for id, d := range g.Deriver {
+		if d != NoID {
+			r.From[r.Off[d]] = ID(id)
+			r.Off[d]++
 		}
 	}
+	r.rewind()
+	return r
+}
+
+// turn works on halves of the targets side by side: the writes are scattered, and
+// half of them scatter less.
+func turn(n int, off []uint32, to []ID) *Reverse {
+	r := &Reverse{make([]uint32, n+1), make([]ID, len(to))}
+	halves(n, len(to), func(lo, hi ID) {
+		for _, t := range to {
+			if t >= lo && t < hi {
+				r.Off[t+1]++
+			}
+		}
+	})
+	for i := range n {
+		r.Off[i+1] += r.Off[i]
+	}
+	halves(n, len(to), func(lo, hi ID) {
+		for from := range n {
+			for _, t := range to[off[from]:off[from+1]] {
+				if t >= lo && t < hi {
+					r.From[r.Off[t]] = ID(from)
+					r.Off[t]++
+				}
+			}
+		}
+	})
+	r.rewind()
+	return r
+}
+
+// halves calls f for each half of the ids below n, or once if there is little to do.
+func halves(n, work int, f func(lo, hi ID)) {
+	if work < 1<<16 {
+		f(0, ID(n))
+		return
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() { f(0, ID(n/2)) })
+	wg.Go(func() { f(ID(n/2), ID(n)) })
+	wg.Wait()
+}
+
+// rewind undoes the counting that filling did: every offset had become the next.
+func (r *Reverse) rewind() {
+	n := len(r.Off) - 1
 	copy(r.Off[1:], r.Off[:n])
 	r.Off[0] = 0
-	return r
 }
 
 // To are the paths that point at one, itself included where it does.

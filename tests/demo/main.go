@@ -87,7 +87,17 @@ func play(t *stage) {
 	say("6. How it stands.")
 	d.as("root", "overkeep status alice", "")
 
-	say("7. Locking takes proof. While something holds the keep, it says so and names it.")
+	say("7. Why is it private? A policy says which paths are public; a line of the keep's own hides even the name.")
+	d.quiet("root", "nix-store --generate-binary-cache-key cache.example.org-1 /run/cache.sec /run/cache.pub; "+
+		"nix --extra-experimental-features nix-command store sign --key-file /run/cache.sec "+lib)
+	d.as("root", `overkeep policy init --kind linux --key "$(cat /run/cache.pub)"`, "")
+	d.view("echo 'personal name \"acme-*\"' >/run/overkeep/alice/k/policy/own.policy")
+	d.as("root", "overkeep why "+path+" payroll-lib", "")
+	if verdicts := d.as("root", "overkeep list", ""); !strings.Contains(verdicts, path[11:]+"  vetoed") || !strings.Contains(verdicts, lib[11:]+"  granted") {
+		t.Fatalf("the verdicts are not as they should be")
+	}
+
+	say("8. Locking takes proof. While something holds the keep, it says so and names it.")
 	p, err := m.Start("root", "exec "+fixture.ViewCommand("echo in; exec sleep 1000"))
 	if err != nil {
 		t.Fatalf("%v", err)
@@ -100,7 +110,7 @@ func play(t *stage) {
 	}
 	d.as("root", "overkeep lock alice --kill --yes", "")
 
-	say("8. A thief takes the disk. This is what lies on it.")
+	say("9. A thief takes the disk. This is what lies on it.")
 	m.Write(t, "/home/bob/notes", "plain-"+name+"\n") // shows that the search finds what is there
 	hits := m.Search(t, name, content, "plain-"+name, passphrase)
 	private := hits[name] - hits["plain-"+name] // the control holds the name, too
@@ -118,7 +128,7 @@ func play(t *stage) {
 		"    how much of it was ever written. Not which paths, how many, or what they are called.")
 	fmt.Println()
 
-	say("9. With the recovery key (and no passphrase) it opens again; all is there.")
+	say("10. With the recovery key (and no passphrase) it opens again; all is there.")
 	d.as("root", "overkeep unlock alice --identity /run/recovery.txt", "")
 	if got := d.view("cat " + path); !strings.Contains(got, content) {
 		t.Fatalf("the private path reads %q", got)

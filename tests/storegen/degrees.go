@@ -21,9 +21,11 @@ const (
 	fixedShare    = 0.15 // of the derivations are fetchers
 	goneShare     = 0.2  // of the derivations are no longer valid
 	selfShare     = 0.3  // of the outputs refer to themselves
-	hubShare      = 0.4  // of the references go to one of the first
-	hubs          = 400
-	window        = 1500 // derivations back, on average, go the others
+	hubShare      = 0.4  // of the references go to one of the first of the generation
+	hubs          = 200
+	window        = 500  // derivations back, on average, go the others
+	generation    = 3300 // derivations of one state of the package set, as in the real one
+	reuseShare    = 0.2  // of the sources are those of an earlier derivation
 )
 
 // quantile draws from a distribution given by equally spaced quantiles. The

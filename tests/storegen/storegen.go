@@ -65,13 +65,14 @@ const StoreDir = "/nix/store/"
 type Store struct{ Paths []Path }
 
 type generator struct {
-	o      Options
-	rng    *rand.Rand
-	paths  []Path
-	drvs   []int32   // derivations so far
-	inputs [][]int32 // per derivation so far: the derivations it needs
-	outs   [][]int32 // per derivation so far: its outputs
-	key    ed25519.PrivateKey
+	o       Options
+	rng     *rand.Rand
+	paths   []Path
+	sources []int32
+	drvs    []int32   // derivations so far
+	inputs  [][]int32 // per derivation so far: the derivations it needs
+	outs    [][]int32 // per derivation so far: its outputs
+	key     ed25519.PrivateKey
 }
 
 // Model makes the rows.
@@ -102,11 +103,11 @@ func (g *generator) unit() {
 	degree := quantile(g.rng, drvDegree)
 	var refs, inputs []int32
 	for range degree {
+		k, ok := g.pick()
 		switch {
-		case g.rng.Float64() < sourcesPerRef || len(g.drvs) == 0:
+		case !ok || g.rng.Float64() < sourcesPerRef:
 			refs = append(refs, g.source())
 		default:
-			k := g.pick()
 			inputs = append(inputs, k)
 			refs = append(refs, g.drvs[k])
 		}
@@ -179,10 +180,14 @@ func (g *generator) output(name string, drv int32, orphan string, fixed bool, in
 }
 
 func (g *generator) source() int32 {
+	if len(g.sources) > 0 && g.rng.Float64() < reuseShare {
+		return g.sources[g.rng.IntN(len(g.sources))]
+	}
 	id := g.add(g.name(), nil)
 	p := &g.paths[id]
 	p.NarSize = int64(quantile(g.rng, sourceSize))
 	p.CA = "fixed:r:sha256:" + g.digest()
+	g.sources = append(g.sources, id)
 	return id
 }
 
@@ -207,16 +212,20 @@ func (g *generator) digest() string {
 	return base32(h[:])
 }
 
-// pick is an earlier derivation: one of the few that everything needs (a
-// shell, a compiler), or a recent one.
-func (g *generator) pick() int32 {
+// pick is an earlier derivation of this generation, one of the few that everything
+// needs (a shell, a compiler) or a recent one; ok is false for the first.
+func (g *generator) pick() (drv int32, ok bool) {
 	n := len(g.drvs)
+	start := n / generation * generation
+	if n == start {
+		return 0, false
+	}
 	if g.rng.Float64() < hubShare {
 		u := g.rng.Float64()
-		return int32(float64(min(n, hubs)) * u * u * u)
+		return int32(start) + int32(float64(min(n-start, hubs))*u*u*u), true
 	}
 	back := int(g.rng.ExpFloat64() * window)
-	return int32(max(0, n-1-back))
+	return int32(max(start, n-1-back)), true
 }
 
 func (g *generator) sign(p *Path) {

@@ -77,8 +77,8 @@ int ok_bind_text(sqlite3_stmt *stmt, int n, const char *text, int len) {
 
 // ok_rows fills cells and text until one is full (SQLITE_ROW), the rows end
 // (SQLITE_DONE) or an error. A row that no longer fits is kept for the next call:
-// *pending. The text buffer holds at least columns*longest bytes, so a row always
-// fits an empty one.
+// *pending. If it is the first, so that *rows is 0, the text buffer must grow; with
+// columns*longest bytes it holds any row.
 int ok_rows(sqlite3_stmt *stmt, int columns, int longest, ok_cell *cells, int max_rows,
 	char *text, int text_cap, int *pending, int *rows) {
 	int used = 0;
@@ -90,7 +90,6 @@ int ok_rows(sqlite3_stmt *stmt, int columns, int longest, ok_cell *cells, int ma
 				return rc;
 		}
 		*pending = 0;
-		int start = used;
 		for (int c = 0; c < columns; c++) {
 			ok_cell *cell = &cells[*rows * columns + c];
 			cell->type = (uint32_t)sqlite3_column_type(stmt, c);
@@ -107,8 +106,6 @@ int ok_rows(sqlite3_stmt *stmt, int columns, int longest, ok_cell *cells, int ma
 				if (n > longest) {
 					cell->type = OK_TOO_LONG;
 				} else if (n > text_cap - used) {
-					if (start == 0)
-						return SQLITE_MISUSE; // the caller's buffer is too small
 					*pending = 1;
 					return SQLITE_ROW;
 				} else {

@@ -17,7 +17,6 @@ import "C"
 
 import (
 	"fmt"
-	"runtime"
 	"time"
 	"unsafe"
 
@@ -29,12 +28,14 @@ import (
 // bytes each.
 const Longest = 64 << 10
 
-// rowsPerCall and textPerRow keep a buffer within a core's second-level cache.
 const (
-	rowsPerCall = 512
-	textPerRow  = 512
+	// ManyRows is a good size of a buffer for many rows: with it, it stays within
+	// a core's second-level cache.
+	ManyRows = 512
 	// PairsPerCall is how many pairs a call of NextPairs reads at most.
 	PairsPerCall = 8192
+
+	textPerRow = 512 // bytes, to begin with
 )
 
 // Result codes of SQLite (sqlite.org/rescode.html).
@@ -97,7 +98,7 @@ func (c *Conn) Exec(sql string) error {
 		return err
 	}
 	defer s.Close()
-	_, err = s.Next(NewRows(0))
+	_, err = s.Next(NewRows(0, 1))
 	return err
 }
 
@@ -178,37 +179,43 @@ var _ [C.sizeof_ok_cell - unsafe.Sizeof(cell{})]struct{}
 // Rows is a buffer of rows; its values are valid until it is filled again.
 type Rows struct {
 	N       int // rows in it
+	max     int
 	columns int
 	cells   []cell
 	text    []byte
 }
 
-// NewRows makes a buffer for statements with so many columns.
-func NewRows(columns int) *Rows {
+// NewRows makes a buffer for so many rows of statements with so many columns.
+func NewRows(columns, rows int) *Rows {
 	return &Rows{
 		columns: columns,
-		cells:   make([]cell, rowsPerCall*columns+1), // never empty: C gets its address
-		text:    make([]byte, max(rowsPerCall*textPerRow, columns*Longest)),
+		cells:   make([]cell, rows*columns+1), // never empty: C gets its address
+		text:    make([]byte, rows*textPerRow+1),
+		max:     rows,
 	}
 }
 
 // Next fills rows with what comes next and reports whether there may be more.
 func (s *Stmt) Next(rows *Rows) (more bool, err error) {
-	if rows.columns != s.columns {
+	if rows.columns != s.columns || rows.max < 1 {
 		return false, &Error{CodeMisuse, "a buffer for other columns"}
 	}
-	var n C.int
-	rc := C.ok_rows(s.stmt, C.int(s.columns), Longest, (*C.ok_cell)(unsafe.Pointer(&rows.cells[0])), rowsPerCall,
-		(*C.char)(unsafe.Pointer(&rows.text[0])), C.int(len(rows.text)), &s.pending, &n)
-	rows.N = int(n)
-	runtime.KeepAlive(rows)
-	switch rc {
-	case codeRow:
-		return true, nil
-	case codeDone:
-		return false, nil
+	for {
+		var n C.int
+		rc := C.ok_rows(s.stmt, C.int(s.columns), Longest, (*C.ok_cell)(unsafe.Pointer(&rows.cells[0])), C.int(rows.max),
+			(*C.char)(unsafe.Pointer(&rows.text[0])), C.int(len(rows.text)), &s.pending, &n)
+		rows.N = int(n)
+		switch {
+		case rc == codeRow && n == 0 && len(rows.text) < s.columns*Longest: // a row longer than the buffer
+			rows.text = make([]byte, s.columns*Longest)
+		case rc == codeRow:
+			return true, nil
+		case rc == codeDone:
+			return false, nil
+		default:
+			return false, s.conn.error(rc)
+		}
 	}
-	return false, s.conn.error(rc)
 }
 
 // Type of the value in a row and column, both counted from 0.
