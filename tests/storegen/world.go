@@ -167,15 +167,18 @@ func PublicKey(name string) string {
 	return name + ":" + base64.StdEncoding.EncodeToString(KeyNamed(name).Public().(ed25519.PublicKey))
 }
 
-// kind is what package facts makes of the columns of such a path.
-func (t *Thing) kind(w *World) graph.Flags {
+// flags are what package facts makes of the columns of such a path.
+func (t *Thing) flags() graph.Flags {
 	switch {
 	case t.Kind == "drv":
 		return graph.Derivation
 	case t.Kind == "file":
 		return graph.Source
 	case t.Kind == "src":
-		return graph.Source | graph.FixedOutput
+		if len(t.Refs) > 0 {
+			return graph.Source | graph.FixedOutput
+		}
+		return graph.Source | graph.FixedOutput | graph.Added
 	case t.Kind == "fixed":
 		return graph.FixedOutput
 	case t.Here || len(t.Signed) > 0:
@@ -191,7 +194,7 @@ func (w *World) Graph(keys []string) (*graph.Graph, error) {
 	b.Keys(keys...)
 	for i := range w.Paths {
 		t := &w.Paths[i]
-		p := graph.Path{Base: Base(t.Name), NarSize: t.Size, Flags: t.kind(w) | graph.Lower, Refs: bases(t.Refs), Outputs: bases(t.Outs)}
+		p := graph.Path{Base: Base(t.Name), NarSize: t.Size, Flags: t.flags() | graph.Lower, Refs: bases(t.Refs), Outputs: bases(t.Outs)}
 		if t.Here {
 			p.Flags |= graph.Ultimate
 		}
