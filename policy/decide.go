@@ -194,7 +194,7 @@ func (v *Verdicts) place(t *tally, b *block) {
 
 // sweeps is how often close goes through all paths before it turns the references
 // round, which costs as much as a few sweeps.
-var sweeps = 4 // tests try none
+var sweeps = 4 // at least one; tests try fewer
 
 // close takes out of System what refers, by whatever way, to something that is no
 // candidate. The paths of a cycle stay or go together.

@@ -36,8 +36,9 @@ type Source struct {
 // Pos is a place in a source. Lines and columns count from 1, columns in
 // characters.
 type Pos struct {
-	Source    string `json:"file"`
-	Line, Col int
+	Source string `json:"file"`
+	Line   int    `json:"line"`
+	Col    int    `json:"column"`
 }
 
 // String is file:line:column.
