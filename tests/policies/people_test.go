@@ -196,7 +196,8 @@ type mutant struct {
 	sources []policy.Source
 }
 
-// mutants leave out one line each, or one "when known", or let all be granted.
+// mutants leave out one line each, one side of an "and" or "or", or one "when known",
+// or let all be granted.
 func mutants(p *policy.Policy) (out []mutant) {
 	sources := p.Sources()
 	with := func(i int, what string, lines []string) {
@@ -208,6 +209,9 @@ func mutants(p *policy.Policy) (out []mutant) {
 		lines := strings.Split(strings.TrimSuffix(string(s.Text), "\n"), "\n")
 		for k, line := range lines {
 			with(i, "without "+line, slices.Delete(slices.Clone(lines), k, k+1))
+			for _, side := range operands(line) {
+				with(i, "with "+side, append(slices.Delete(slices.Clone(lines), k, k+1), side))
+			}
 			if strict, ok := strings.CutSuffix(line, " when known"); ok {
 				with(i, "with "+strict, append(slices.Delete(slices.Clone(lines), k, k+1), strict))
 			}
@@ -215,6 +219,58 @@ func mutants(p *policy.Policy) (out []mutant) {
 	}
 	with(0, "with all granted", []string{string(sources[0].Text), `system name "*"`})
 	return out
+}
+
+// operands are a line with one side less of its outermost and or or.
+func operands(line string) (out []string) {
+	head, cond := "", line
+	for _, verb := range []string{"system ", "personal "} {
+		if rest, ok := strings.CutPrefix(line, verb); ok {
+			head, cond = verb, rest
+		}
+	}
+	if strings.HasPrefix(line, "let ") {
+		i := strings.Index(line, " = ") + len(" = ")
+		head, cond = line[:i], line[i:]
+	}
+	cond, known := strings.CutSuffix(cond, " when known")
+	if head == "" {
+		return nil
+	}
+	for _, word := range []string{" or ", " and "} {
+		sides := outermost(cond, word)
+		if len(sides) == 1 {
+			continue
+		}
+		for i := range sides {
+			s := head + strings.Join(slices.Delete(slices.Clone(sides), i, i+1), word)
+			if known {
+				s += " when known"
+			}
+			out = append(out, s)
+		}
+		return out
+	}
+	return nil
+}
+
+// outermost splits a condition in canonical form, not within parentheses or quotes.
+func outermost(cond, word string) (out []string) {
+	depth, from, quoted := 0, 0, false
+	for i := range cond {
+		switch cond[i] {
+		case '"':
+			quoted = !quoted
+		case '(':
+			depth++
+		case ')':
+			depth--
+		}
+		if depth == 0 && !quoted && i >= from && strings.HasPrefix(cond[i:], word) {
+			out, from = append(out, cond[from:i]), i+len(word)
+		}
+	}
+	return append(out, cond[from:])
 }
 
 // No line can be left out without something that a person expects, or requires, being
