@@ -14,6 +14,7 @@ import (
 	"overkeep/crypt/volume"
 	"overkeep/overlay/layout"
 	"overkeep/overlay/pins"
+	"overkeep/overlay/view"
 )
 
 // Destroying is where a keep lies while it is being destroyed.
@@ -55,6 +56,12 @@ func (m *Manager) Destroy(ctx context.Context, name string) error {
 		}
 		if st.State != Locked {
 			return errorf(CodeUnlocked, name, "keep %q is %s; lock it first", name, st.State)
+		}
+		// An interrupted lock, or sessions that outlive it, leave a namespace. It is
+		// not for another keep of this name, who may be somebody else's.
+		crashpoint.At("destroy.unpin")
+		if err := view.Unpin(k.NamespaceDir()); err != nil {
+			return classified(err)
 		}
 	case errors.As(err, &e) && e.Code == CodeNoKeep:
 		if _, serr := os.Lstat(k.StateDir()); serr != nil && !resumed {

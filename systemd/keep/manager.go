@@ -248,8 +248,17 @@ func mkdirMode(dir string, mode os.FileMode) error {
 }
 
 // removeRunDirs takes ensureRunDirs back, file by known file: what something
-// unexpected still lies in or is mounted on stays, and is seen.
+// unexpected still lies in or is mounted on stays, and is seen. While a namespace is
+// pinned all of it stays: mounts there are of these directories, and rmdir(2) of a
+// mount point takes the mount from every other namespace.
 func removeRunDirs(k layout.Keep) {
+	ns, err := existingNamespace(k)
+	if ns != nil {
+		ns.Close()
+	}
+	if ns != nil || err != nil {
+		return
+	}
 	for _, f := range []string{
 		filepath.Join(k.RunDir(), "target.json"), k.RemountHook(), filepath.Join(k.NixConfDir(), "nix.conf"),
 		filepath.Join(k.SocketDir(), "socket"), filepath.Join(k.LowerSocketDir(), "socket"),

@@ -23,6 +23,7 @@ const changing = "pwrite64,ftruncate,fsync,fdatasync,rename,link,symlink,unlink,
 // proof, unlocks again, is sound, still has what was built before, and builds the
 // same thing.
 func TestBuild(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		backend string
 		cut     bool

@@ -6,6 +6,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -61,6 +62,65 @@ func TestStranger(t *testing.T) {
 			}
 			m.clean(t)
 		})
+	}
+}
+
+// TestLeftNamespace: the namespace that an interrupted lock, or a session that
+// outlives one, has left works when the keep is opened again, whatever was done to
+// the keep meanwhile, and does not outlive the keep.
+func TestLeftNamespace(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, "image")
+	m.make(t)
+	m.fill(t)
+	verify := func() {
+		t.Helper()
+		m.must(t, overkeep(m.pass, "key", "recovery", name, "--passphrase-fd=0", "--recovery-out", m.file("recovery")))
+		m.unlock(t)
+		if got := m.Alice(t, "cat data "+m.upper); got != m.canary+"\n"+m.canary {
+			t.Errorf("the data are %q", got)
+		}
+	}
+
+	m.unlock(t)
+	points, _, _ := m.armed(t, overkeep("", "lock", name), 1<<20, kill)
+	at := slices.Index(points, "lock.unpin") + 1
+	interrupted := func() {
+		t.Helper()
+		m.unlock(t)
+		if _, fired, _ := m.armed(t, overkeep("", "lock", name), at, kill); !fired || at == 0 {
+			t.Fatalf("the lock did not crash: %q", points)
+		}
+	}
+	interrupted()
+	verify()
+	m.lockSoon(t)
+	m.clean(t)
+
+	session := func() (end func()) {
+		t.Helper()
+		m.unlock(t)
+		p, err := m.Start("root", "cd /; exec overkeep run alice -- bash -c 'cd /; echo ready; exec sleep infinity'")
+		if err != nil {
+			t.Fatal(err)
+		}
+		await(t, func() bool { return strings.Contains(p.Output(), "ready") })
+		m.lockSoon(t)
+		return func() { _ = p.Signal(syscall.SIGTERM); <-p.Done() }
+	}
+	end := session()
+	verify()
+	end()
+	m.lockSoon(t)
+	m.clean(t)
+
+	for _, leave := range []func() func(){session, func() func() { interrupted(); return func() {} }} {
+		end := leave()
+		m.must(t, overkeep("", "destroy", name, "--yes"))
+		m.make(t)
+		m.fill(t)
+		end()
+		m.whole(t, false)
 	}
 }
 
