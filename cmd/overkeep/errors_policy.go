@@ -41,7 +41,7 @@ func explainPolicy(err error, h here) *problem {
 		return p
 	case errors.As(err, &noPath):
 		p := &problem{Code: codeNoPath, Message: noPath.Error(), Name: noPath.word}
-		pattern := "*" + path.Base(noPath.word) + "*"
+		pattern := "*" + strings.Trim(path.Base(noPath.word), "*") + "*"
 		p.Remedy = []remedy{{"Look for a part of the name:", h.command("list", "--where", "name \""+pattern+"\"")}}
 		return p
 	case errors.Is(err, nixdb.ErrMissing):

@@ -171,6 +171,13 @@ func TestPeople(t *testing.T) {
 	}
 }
 
+func place(v *policy.Verdicts, id graph.ID) string {
+	if v.System.Has(id) {
+		return "system"
+	}
+	return "personal"
+}
+
 // table shows all verdicts.
 func table(v *policy.Verdicts) string {
 	var b strings.Builder
@@ -181,11 +188,7 @@ func table(v *policy.Verdicts) string {
 		if rule != policy.NoRule {
 			line = v.Policy().Rules[rule].Text
 		}
-		place := "personal"
-		if v.System.Has(id) {
-			place = "system"
-		}
-		fmt.Fprintf(&b, "%-28s %-8s %-13s %s\n", g.Name(id), place, reason, line)
+		fmt.Fprintf(&b, "%-28s %-8s %-13s %s\n", g.Name(id), place(v, id), reason, line)
 	}
 	return b.String()
 }
