@@ -310,7 +310,9 @@ func TestReal(t *testing.T) {
 // whyJSON is placement and reason of each path that "why" explains.
 func whyJSON(t *testing.T, text string) map[string][2]string {
 	t.Helper()
-	var r struct{ Paths []struct{ Path, Placement, Reason string } }
+	var r struct {
+		Paths []struct{ Path, Placement, Reason string }
+	}
 	must(t, json.Unmarshal([]byte(text), &r))
 	out := map[string][2]string{}
 	for _, p := range r.Paths {
