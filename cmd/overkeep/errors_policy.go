@@ -42,7 +42,7 @@ func explainPolicy(err error, h here) *problem {
 	case errors.As(err, &noPath):
 		p := &problem{Code: codeNoPath, Message: noPath.Error(), Name: noPath.word}
 		pattern := "*" + strings.Trim(path.Base(noPath.word), "*") + "*"
-		p.Remedy = []remedy{{"Look for a part of the name:", h.command("list", "--where", "name \""+pattern+"\"")}}
+		p.Remedy = []remedy{{"Look for a part of the name:", h.command(append(append([]string{"list"}, sightFlags(h.line)...), "--where", "name \""+pattern+"\"")...)}}
 		return p
 	case errors.Is(err, nixdb.ErrMissing):
 		return &problem{Code: keep.CodeNoNix, Message: err.Error(), Remedy: []remedy{{"What the machine has of Nix:", h.command("doctor")}}}

@@ -99,6 +99,25 @@ func (s *sight) place(a *app) error {
 	return nil
 }
 
+// sightFlags are the flags of a command line that say what is looked at, so that a
+// command to paste speaks of the same.
+func sightFlags(line []string) (out []string) {
+	for i, w := range line {
+		if w == "--" {
+			break
+		}
+		name, _, whole := strings.Cut(w, "=")
+		switch {
+		case name != "--db" && name != "--policy" && name != "--keep":
+		case whole:
+			out = append(out, w)
+		case i+1 < len(line):
+			out = append(out, w, line[i+1])
+		}
+	}
+	return out
+}
+
 // rootOf is where the root of another machine is mounted, if the database lies where
 // Nix has it below that: its profiles and derivations are the ones to look at, and not
 // those of this machine.
