@@ -198,17 +198,19 @@ old one. With a mistake in it you can go on editing, or leave everything as it w
 
 // policyToEdit is the file, and whether it is root's.
 func policyToEdit(a *app, s *sight, name string) (file string, isRoot bool, err error) {
-	name = strings.TrimSuffix(filepath.Base(name), ".policy")
+	if name != "" { // whose base would be "."
+		name = strings.TrimSuffix(filepath.Base(name), ".policy")
+	}
 	if name != "" && (strings.HasPrefix(name, ".") || strings.ContainsAny(name, "/\x00")) {
 		return "", false, usagef("%q cannot name a policy file", name)
 	}
 	switch {
 	case s.of != nil && s.keep != "":
-		if name == "" || name == "." {
+		if name == "" {
 			name = "own"
 		}
 		return filepath.Join(s.of.Policy(), name+".policy"), false, nil
-	case name == "" || name == "." || name == "policy":
+	case name == "" || name == "policy":
 		return layout.PolicyFile(a.root), true, nil
 	}
 	return filepath.Join(layout.PolicyDir(a.root), name+".policy"), true, nil
@@ -219,9 +221,6 @@ func runPolicyEdit(ctx context.Context, a *app, s *sight, name string) error {
 		if err := s.find(a); err != nil {
 			return err
 		}
-	}
-	if name != "" {
-		name = filepath.Base(name)
 	}
 	file, isRoot, err := policyToEdit(a, s, name)
 	if err != nil {

@@ -45,8 +45,8 @@ func explainPolicy(err error, h here) *problem {
 		return p
 	case errors.As(err, &noPath):
 		p := &problem{Code: codeNoPath, Message: noPath.Error(), Name: noPath.word}
-		pattern := "*" + path.Base(noPath.word) + "*"
-		p.Remedy = []remedy{{"Look for a part of the name:", h.command("list", "--where", "name \""+pattern+"\"")}}
+		pattern := "*" + strings.Trim(path.Base(noPath.word), "*") + "*"
+		p.Remedy = []remedy{{"Look for a part of the name:", h.command(append(append([]string{"list"}, sightFlags(h.line)...), "--where", "name \""+pattern+"\"")...)}}
 		return p
 	case errors.As(err, &nix):
 		p := &problem{Code: codeNix, Message: nix.Error()}

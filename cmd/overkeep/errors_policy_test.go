@@ -30,6 +30,7 @@ func TestPolicyErrors(t *testing.T) {
 		{mistake("--where"), exitPolicy, "--where:1:8", "overkeep help policy"},
 		{&verdict.SourceError{Path: "/etc/overkeep/policy", Reason: "is a symbolic link"}, exitPolicy, "is a symbolic link", "ls -l /etc/overkeep/policy"},
 		{&pathError{"/nix/store/x"}, exitNoPath, `"/nix/store/x"`, `overkeep list --where 'name "*x*"'`},
+		{&pathError{"vim-*"}, exitNoPath, `"vim-*"`, `overkeep list --where 'name "*vim-*"'`},
 		{fmt.Errorf("%q: %w", "db", nixdb.ErrMissing), exitUnsupported, "no Nix database", "overkeep doctor"},
 		{nixdb.ErrCorrupt, exitDamaged, "damaged", "nix-store --verify"},
 		{nixdb.ErrSchema, exitUnsupported, "schema", "overkeep doctor"},

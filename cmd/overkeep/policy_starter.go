@@ -39,9 +39,9 @@ func (s starter) text() string {
 	p(`# "system" lines grant, "personal" lines veto, and what nothing grants is personal. The`)
 	p("# order of lines means nothing. What a path refers to must be public, too.")
 	p("#")
-	p("#     overkeep policy check       mistakes, broken requirements, lines without effect")
-	p("#     overkeep why PATH           why a path is where it is")
-	p("#     overkeep policy diff OLD NEW  what a change would move")
+	p("#     overkeep policy check          mistakes, broken requirements, lines without effect")
+	p("#     overkeep why PATH              why a path is where it is")
+	p("#     overkeep policy diff - DRAFT   what a change would move")
 	p("#")
 	p("# Everybody on this machine can read this file. Names that nobody should see belong into")
 	p("# a file of the keep's own, which is encrypted: overkeep policy edit --keep NAME")
@@ -88,23 +88,30 @@ func (s starter) text() string {
 	p("")
 	p("# Licences that say so are private, as far as they are known. \"when known\": without it")
 	p("# every path whose licence was not recorded would be personal.")
-	p("personal unfree when known")
+	if s.Kind == kindNixOS {
+		p("# Firmware and graphics drivers are unfree, too, and it would not boot without them.")
+		p("personal unfree and not boot when known")
+	} else {
+		p("personal unfree when known")
+	}
 	p("")
 	if len(s.Private) == 0 {
-		p("# Private work by name, what refers to it, and what was built from it here:")
+		p("# Private work by name, and what was built from it, even where no reference remains, as")
+		p("# far as the .drv files are here to tell:")
 		p(`# let secret = name "*-acme-*"`)
 		p("# personal secret")
-		p("# personal built-here and built-from (secret)")
+		p("# personal built-from (secret) when known")
 		return b.String()
 	}
 	quoted := make([]string, len(s.Private))
 	for i, g := range s.Private {
 		quoted[i] = fmt.Sprintf("name %q", g)
 	}
-	p("# Private work by name, and what was built from it here, even where no reference remains.")
+	p("# Private work by name, and what was built from it, even where no reference remains, as")
+	p("# far as the .drv files are here to tell.")
 	p("let secret = %s", strings.Join(quoted, " or "))
 	p("personal secret")
-	p("personal built-here and built-from (secret)")
+	p("personal built-from (secret) when known")
 	return b.String()
 }
 
