@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"os"
@@ -137,18 +138,13 @@ func rootOf(db string) string {
 
 // viewOf names the keep in whose view this process is, or becomes a process there.
 func (s *sight) viewOf(a *app) (string, error) {
-	inside, err := view.Inside()
+	name, err := view.Whose()
 	if err != nil {
 		return "", err
 	}
-	if inside {
-		if s.inView != "" {
-			return s.inView, nil
-		}
-		// Set for all that runs in a view (overlay/view.Environment).
-		name := os.Getenv("OVERKEEP_KEEP")
-		if s.keep != "" && s.keep != name {
-			return "", usagef("this is the view of keep %q: leave it to ask about %q", name, s.keep)
+	if name != "" {
+		if want := cmp.Or(s.inView, s.keep, name); want != name {
+			return "", usagef("this is the view of keep %q: leave it to ask about %q", name, want)
 		}
 		return name, nil
 	}

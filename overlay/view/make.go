@@ -119,13 +119,36 @@ func (t Table) has(m Mount) bool {
 
 // Inside reports whether the calling thread lives in the view of some keep.
 func Inside() (bool, error) {
+	name, err := Whose()
+	return name != "", err
+}
+
+// Whose names the keep in whose view the calling thread lives, by the mount table and
+// not by what the environment says; "" outside of any.
+func Whose() (string, error) {
 	t, err := table()
 	if err != nil {
-		return false, err
+		return "", err
 	}
-	return slices.ContainsFunc(t, func(i *mountinfo.Info) bool {
-		return i.Mountpoint == layout.NixStore && i.FSType == "overlay" && strings.Contains(i.VFSOptions, "/k/store/upper")
-	}), nil
+	return t.whose(), nil
+}
+
+func (t Table) whose() string {
+	for _, i := range t {
+		if i.Mountpoint != layout.NixStore || i.FSType != "overlay" {
+			continue
+		}
+		for _, o := range strings.Split(i.VFSOptions, ",") {
+			upper, ok := strings.CutPrefix(o, "upperdir=")
+			if !ok {
+				continue
+			}
+			if run, ok := strings.CutSuffix(upper, "/k/store/upper"); ok {
+				return filepath.Base(run)
+			}
+		}
+	}
+	return ""
 }
 
 // Cover hides what the homes' mounts of list hid, in a namespace whose sessions

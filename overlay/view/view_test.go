@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
 	"overkeep/overlay/layout"
@@ -130,6 +131,29 @@ func TestEnvironmentIsInTheKeep(t *testing.T) {
 		name, v, _ := strings.Cut(e, "=")
 		if name == "TMPDIR" && !strings.HasPrefix(v, k.Volume()+"/") {
 			t.Errorf("temporary files at %q, outside the volume", v)
+		}
+	}
+}
+
+func TestWhose(t *testing.T) {
+	at := func(point, fstype, options string) *mountinfo.Info {
+		return &mountinfo.Info{Mountpoint: point, FSType: fstype, VFSOptions: options}
+	}
+	const upper = "rw,lowerdir=/nix/store,upperdir=/run/overkeep/alice/k/store/upper,workdir=/run/overkeep/alice/k/store/work"
+	for _, c := range []struct {
+		table Table
+		want  string
+	}{
+		{nil, ""},
+		{Table{at("/nix/store", "overlay", upper)}, "alice"},
+		{Table{at("/", "ext4", "rw"), at("/nix/store", "ext4", "rw"), at("/nix/store", "overlay", upper)}, "alice"},
+		{Table{at("/mnt", "overlay", upper)}, ""},
+		{Table{at("/nix/store", "overlay", "rw,lowerdir=/a,upperdir=/b,workdir=/c")}, ""},
+		{Table{at("/nix/store", "overlay", "rw,lowerdir=/run/overkeep/bob/k/store/upper")}, ""},
+		{Table{at("/nix/store", "tmpfs", upper)}, ""},
+	} {
+		if got := c.table.whose(); got != c.want {
+			t.Errorf("%+v: %q, want %q", c.table, got, c.want)
 		}
 	}
 }
