@@ -138,9 +138,12 @@ func whole(l *facts.Loaded) (pairs int, err error) {
 	return pairs, nil
 }
 
+// patience is how long a Nix that is not scheduled may take over a deletion.
+const patience = time.Minute
+
 // going reads again what a graph calls broken: a path of the keep that was deleted
-// between the reading of its row and the look for its files. Then it has gone, or has
-// come again, and nothing of it is broken.
+// between the reading of its row and the look for its files, or of which Nix itself is
+// between the two. Then it goes, or comes again, and nothing of it is broken.
 func going(ctx context.Context, stores []facts.Store, l *facts.Loaded) (int, error) {
 	var paths []string
 	for i := range l.Graph.Len() {
@@ -149,8 +152,7 @@ func going(ctx context.Context, stores []facts.Store, l *facts.Loaded) (int, err
 		}
 	}
 	n := len(paths)
-	const tries = 20
-	for try := 0; len(paths) > 0; try++ {
+	for end := time.Now().Add(patience); len(paths) > 0; {
 		again, err := facts.LoadFor(ctx, stores, paths, facts.Need{}, facts.Options{})
 		if err != nil {
 			return n, err
@@ -158,7 +160,7 @@ func going(ctx context.Context, stores []facts.Store, l *facts.Loaded) (int, err
 		if again.Report.Broken == 0 {
 			break
 		}
-		if try == tries {
+		if time.Now().After(end) {
 			return n, fmt.Errorf("torn: %q stay broken", paths)
 		}
 	}
