@@ -14,7 +14,7 @@
 //
 // It knows nothing of files in the store, .drv files and signatures: packages
 // drv, provenance and signature do. Do not use it to write, nor for one path of a
-// database (nixdb.DB).
+// database (nixdb.Open).
 package facts
 
 import (

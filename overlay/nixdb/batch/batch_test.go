@@ -25,7 +25,7 @@ func with(t *testing.T, statements string) *Conn {
 	if err := db.Close(); err != nil {
 		t.Fatal(err)
 	}
-	c, err := Open(file, time.Second)
+	c, err := Open(file, false, time.Second)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -181,7 +181,7 @@ func TestRefused(t *testing.T) {
 	if _, _, _, err := s2.NextPairs(make([][2]int64, 10)); err == nil {
 		t.Error("a short buffer for pairs")
 	}
-	_, err := Open(filepath.Join(t.TempDir(), "none"), time.Second)
+	_, err := Open(filepath.Join(t.TempDir(), "none"), false, time.Second)
 	var e *Error
 	if !errors.As(err, &e) || e.Code&0xff != 14 { // SQLITE_CANTOPEN
 		t.Error(err)
