@@ -99,6 +99,10 @@ func TestLive(t *testing.T) {
 	defer w.Close()
 	w.SetMaxOpenConns(1)
 	w.SetConnMaxLifetime(0)
+	// Before the first reader: after it, nothing in this process could write.
+	if err := w.Ping(); err != nil {
+		t.Fatal(err)
+	}
 	const pairs = 20
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
@@ -177,6 +181,9 @@ func TestSnapshotStays(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer w.Close()
+	if err := w.QueryRow("select count(*) from ValidPaths").Err(); err != nil { // before the first reader
+		t.Fatal(err)
+	}
 	s, err := Open(t.Context(), []Store{{DB: file, Layer: graph.Lower}}, Options{Readers: 3})
 	if err != nil {
 		t.Fatal(err)
