@@ -27,7 +27,6 @@ func newOrigins(k layout.Keep) *origins {
 		if err != nil {
 			return nil, err
 		}
-		defer db.Close()
 		return db.Exists(ctx, paths)
 	}}}
 }

@@ -251,9 +251,9 @@ func (w *World) Store() *Store {
 		}
 		switch t.Kind {
 		case "drv", "file":
-			p.CA = "text:sha256:" + base32(p.Hash[:])
+			p.CA = "text:sha256:" + Base32(p.Hash[:])
 		case "fixed", "src":
-			p.CA = "fixed:r:sha256:" + base32(p.Hash[:])
+			p.CA = "fixed:r:sha256:" + Base32(p.Hash[:])
 		}
 	}
 	for i, t := range w.Paths {

@@ -32,7 +32,7 @@ var readsProgram = sync.OnceValues(func() ([]byte, error) {
 
 // reads is how often the databases are read on each machine: ten thousand times
 // beside a real Nix in all.
-const reads = 5000
+const reads = 1000
 
 // safety reads both databases beside a Nix that adds and deletes all the time: in the
 // system store directly and through the daemon, and in the keep. No read fails or sees
