@@ -16,7 +16,7 @@ TAGS    = osusergo,netgo,sqlite_omit_load_extension
 VERSION = $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 LDFLAGS = -s -w -linkmode external -extldflags -static -X main.version=$(VERSION)
 
-.PHONY: help deps build test demo bench install clean fmt
+.PHONY: help deps build test fuzz demo bench install clean fmt
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -34,6 +34,15 @@ build: ## the static binary bin/overkeep
 test: deps ## everything; as root, else what needs it is skipped; CI=true lets nothing be skipped
 	$(GO) vet -tags $(TAGS) ./...
 	$(GO) test -tags $(TAGS) -timeout 30m ./...
+	$(if $(CI),$(MAKE) fuzz)
+
+# What decides about paths is read from files that others made: each parser on the way
+# gets random input for a while, beyond its committed corpus.
+FUZZTIME ?= 60s
+fuzz: ## random policies, .drv files and database rows, FUZZTIME each
+	$(GO) test -tags $(TAGS) -run '^$$' -fuzz '^FuzzParse$$' -fuzztime $(FUZZTIME) ./policy
+	$(GO) test -tags $(TAGS) -run '^$$' -fuzz '^FuzzParse$$' -fuzztime $(FUZZTIME) ./overlay/drv
+	$(GO) test -tags $(TAGS) -run '^$$' -fuzz '^FuzzRows$$' -fuzztime $(FUZZTIME) ./overlay/facts
 
 demo: deps build ## see it work on a throw-away laptop (root)
 	tests/demo/run

@@ -199,6 +199,10 @@ func (f *flow) origin(g *graph.Graph, id graph.ID) graph.Tri {
 		return graph.Yes
 	case !built && kind != 0 && kind&(graph.Output|graph.FixedOutput) == 0:
 		return graph.No
+	case !built && g.Flags[id]&graph.Added != 0:
+		// Nix's database does not tell a source from a fixed output without its deriver,
+		// and every build uses sources: were this unknown, every build would be.
+		return graph.No
 	}
 	return graph.Unknown
 }

@@ -393,7 +393,7 @@ func TestQuery(t *testing.T) {
 		{"", "where:1:1: a condition is wanted here, not the end of the file"},
 		{"unfre", `where:1:1: unknown condition "unfre"; did you mean "unfree"?`},
 		{"unfree\nunfree", `where:2:1: "and", "or" or the end is wanted here, not "unfree"`},
-		{"signed-by x-1", `where:1:11: key "x-1" is not declared in root's policy`},
+		{"signed-by x-1", `where:1:11: key "x-1" is not declared; add a line: key x-1:<base64>`},
 		{"system unfree", `where:1:1: a condition is wanted here, not "system"`},
 		{"name \xff", "where:1:6: a byte that is not UTF-8 (0xff)"},
 	} {

@@ -199,8 +199,8 @@ func (p *parser) statement() *statement {
 		p.fail(t, "a line begins with system, personal, require, let or key%s", hint)
 		return nil
 	}
-	if !p.file.Root && s.verb != "personal" && s.verb != "let" {
-		p.fail(t, `only root's policy may hold "%s" lines; a user's file may hold personal and let lines`, s.verb)
+	if !p.file.Root && s.verb != "personal" && s.verb != "let" && s.verb != "key" {
+		p.fail(t, `only root's policy may hold "%s" lines; a user's file may hold personal, let and key lines`, s.verb)
 		return nil
 	}
 	switch s.verb {

@@ -248,14 +248,14 @@ func placed(t testing.TB, name string, err error, sources ...Source) {
 func TestUsersFile(t *testing.T) {
 	root := Source{"policy", []byte("key " + testKeys[0] + "\nlet public = signed-by one-1\nsystem public\nlet other = unfree"), true}
 	for _, c := range []struct{ text, want string }{
-		{"system unfree", `alice:1:1: only root's policy may hold "system" lines; a user's file may hold personal and let lines`},
-		{"require system unfree", `alice:1:1: only root's policy may hold "require" lines; a user's file may hold personal and let lines`},
-		{"key " + testKeys[1], `alice:1:1: only root's policy may hold "key" lines; a user's file may hold personal and let lines`},
+		{"system unfree", `alice:1:1: only root's policy may hold "system" lines; a user's file may hold personal, let and key lines`},
+		{"require system unfree", `alice:1:1: only root's policy may hold "require" lines; a user's file may hold personal, let and key lines`},
+		{"key one-1" + strings.TrimPrefix(testKeys[1], "two-1"), `alice:1:5: key "one-1" is root's, with another value; a user's file cannot change it`},
 		{"let public = unsigned", `alice:1:5: let "public" is root's (policy:2); a user's file cannot change what it means`},
 		{"let public = signed-by one-1", `alice:1:5: let "public" is root's (policy:2); a user's file cannot change what it means`},
-		{"personal signed-by two-1", `alice:1:20: key "two-1" is not declared in root's policy`},
+		{"personal signed-by two-1", `alice:1:20: key "two-1" is not declared; add a line: key two-1:<base64>`},
 		{"personal unfre\nsystem x", "alice:1:10: unknown condition \"unfre\"; did you mean \"unfree\"?\n" +
-			`alice:2:1: only root's policy may hold "system" lines; a user's file may hold personal and let lines`},
+			`alice:2:1: only root's policy may hold "system" lines; a user's file may hold personal, let and key lines`},
 	} {
 		for _, order := range [][]Source{{root, {"alice", []byte(c.text), false}}, {{"alice", []byte(c.text), false}, root}} {
 			if _, err := Parse(order...); err == nil || err.Error() != c.want {
@@ -265,6 +265,10 @@ func TestUsersFile(t *testing.T) {
 	}
 	_, err := Parse(Source{"policy", []byte("system mine"), true}, Source{"alice", []byte("let mine = unfree"), false})
 	if want := `policy:1:8: unknown condition "mine"; root's policy does not see the lets of a user's file`; err == nil || err.Error() != want {
+		t.Errorf("got %v\nwant %s", err, want)
+	}
+	_, err = Parse(Source{"policy", []byte("system signed-by two-1"), true}, Source{"alice", []byte("key " + testKeys[1]), false})
+	if want := `policy:1:18: key "two-1" is not declared; root's policy does not see the keys of a user's file`; err == nil || err.Error() != want {
 		t.Errorf("got %v\nwant %s", err, want)
 	}
 	p := mustParse(t, root, Source{"alice", []byte("personal mine and not public\nlet mine = name a or other"), false})

@@ -95,6 +95,10 @@ type scope struct {
 	keys map[string]Key
 	lets map[string]*let
 
+	// own are the keys that users' files declare and root's do not. Root's lines do
+	// not see them: a key more would make less unsigned.
+	own map[string]bool
+
 	// broken are the lets and keys ("key " and the name) whose own lines have errors:
 	// that they are not there needs no saying.
 	broken map[string]bool
@@ -108,13 +112,16 @@ func (s *scope) lookup(name string, root bool) *let {
 	return nil
 }
 
+// sees reports whether a file of root or of a user sees a declared key.
+func (s *scope) sees(key string, root bool) bool { return !root || !s.own[key] }
+
 // Parse reads all files of a policy at once. The order of files and lines does not
 // matter: a let or a key may be used before it is declared, and a line that stands
 // there twice word for word is as good as once. The error is *Errors, and then there
 // is no policy.
 func Parse(sources ...Source) (*Policy, error) {
 	errs := &Errors{}
-	p := &Policy{scope: &scope{map[string]Key{}, map[string]*let{}, map[string]bool{}}, prog: newProgram()}
+	p := &Policy{scope: &scope{map[string]Key{}, map[string]*let{}, map[string]bool{}, map[string]bool{}}, prog: newProgram()}
 	if len(sources) > MaxSources {
 		errs.add(&Error{Pos: Pos{sources[MaxSources].Name, 1, 1}, Msg: "more than " + strconv.Itoa(MaxSources) + " policy files"})
 		return nil, errs
@@ -161,7 +168,7 @@ func (p *Policy) declare(errs *Errors) {
 				switch {
 				case f.Root != root:
 				case s.verb == "key":
-					p.declareKey(s, errs)
+					p.declareKey(s, root, errs)
 				case s.verb == "let":
 					p.declareLet(s, root, errs)
 				}
@@ -171,13 +178,17 @@ func (p *Policy) declare(errs *Errors) {
 	slices.SortFunc(p.Keys, func(a, b Key) int { return strings.Compare(a.Name, b.Name) })
 }
 
-func (p *Policy) declareKey(s *statement, errs *Errors) {
+func (p *Policy) declareKey(s *statement, root bool, errs *Errors) {
 	old, twice := p.scope.keys[s.key.Name]
-	if twice && !old.Public.Equal(s.key.Public) {
+	switch differs := twice && !old.Public.Equal(s.key.Public); {
+	case differs && !root && !p.scope.own[s.key.Name]:
+		errs.add(s.nameSpan.errorf("key %q is root's, with another value; a user's file cannot change it", s.key.Name))
+	case differs:
 		errs.add(s.nameSpan.errorf("key %q is declared with another value too", s.key.Name))
 	}
 	if !twice {
 		p.scope.keys[s.key.Name] = s.key
+		p.scope.own[s.key.Name] = !root
 		p.Keys = append(p.Keys, s.key)
 	}
 }
@@ -216,13 +227,12 @@ func (p *Policy) resolve(errs *Errors) {
 func (s *scope) check(e *expr, root bool, errs *Errors) (uses []*let) {
 	switch e.op {
 	case opSigned:
-		if _, ok := s.keys[e.arg]; ok || s.broken["key "+e.arg] {
-			break
-		}
-		if root {
+		switch _, ok := s.keys[e.arg]; {
+		case ok && s.sees(e.arg, root), s.broken["key "+e.arg]:
+		case ok:
+			errs.addf(e.span, "key %q is not declared; root's policy does not see the keys of a user's file", e.arg)
+		default:
 			errs.addf(e.span, "key %q is not declared; add a line: key %s:<base64>", e.arg, e.arg)
-		} else {
-			errs.addf(e.span, "key %q is not declared in root's policy", e.arg)
 		}
 	case opLet:
 		l := s.lookup(e.arg, root)

@@ -95,7 +95,7 @@ func (c *compiler) expr(e *expr, root bool) int32 {
 	} else {
 		n.text = e.text()
 	}
-	c.leaf(&n, e)
+	c.leaf(&n, e, root)
 	n.beyond = n.op == opClosure || n.op == opDepends || n.op == opBuiltFrom
 	n.hash = c.sum(&n)
 	if old, ok := c.index[n.hash]; ok {
@@ -118,7 +118,7 @@ func (c *compiler) expr(e *expr, root bool) int32 {
 	return id
 }
 
-func (c *compiler) leaf(n *node, e *expr) {
+func (c *compiler) leaf(n *node, e *expr, root bool) {
 	pattern := e.arg
 	switch e.op {
 	case opSigned:
@@ -126,7 +126,9 @@ func (c *compiler) leaf(n *node, e *expr) {
 		return
 	case opUnsigned:
 		for _, k := range c.keys {
-			n.keys = append(n.keys, k.String())
+			if c.scope.sees(k.Name, root) {
+				n.keys = append(n.keys, k.String())
+			}
 		}
 		return
 	case opKind:

@@ -79,6 +79,9 @@ func (m maker) graph() *graph.Graph {
 			flags &^= graph.KindMask
 		}
 		if m.chance(30) {
+			flags |= graph.Added
+		}
+		if m.chance(30) {
 			flags |= graph.Ultimate
 		}
 		if m.chance(holes / 4) {
@@ -169,7 +172,7 @@ func (m maker) complete(g *graph.Graph) *graph.Graph {
 			}
 		}
 		kind := pickOne(m, kinds)
-		c.Flags[id] = kind | g.Flags[id]&graph.Ultimate
+		c.Flags[id] = kind | g.Flags[id]&(graph.Ultimate|graph.Added)
 		refs := g.References(id)
 		if bad {
 			c.Flags[id] = kind | pickOne(m, []graph.Flags{0, graph.Ultimate})

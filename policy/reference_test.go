@@ -241,7 +241,7 @@ func (r *reference) wasBuilt(id graph.ID) graph.Tri {
 		return graph.Yes
 	case len(r.makers(id)) > 0 && len(possible) == 1 && possible["output"]:
 		return graph.Yes
-	case len(r.makers(id)) == 0 && !output:
+	case len(r.makers(id)) == 0 && (!output || r.g.Flags[id]&graph.Added != 0):
 		return graph.No
 	}
 	return graph.Unknown

@@ -29,8 +29,8 @@ type Source struct {
 	Name string // for messages: a path, or "policy"
 	Text []byte
 
-	// Root says that this is root's policy. Any other may only hold personal and
-	// let lines.
+	// Root says that this is root's policy. Any other may only hold
+	// personal, let and key lines.
 	Root bool
 }
 

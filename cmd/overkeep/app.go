@@ -9,6 +9,7 @@ import (
 	"os/signal"
 	"os/user"
 	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -229,7 +230,8 @@ func (a *app) keepNames() []string {
 }
 
 func (a *app) here() here {
-	return here{sudo: a.sudo, root: a.root, verb: a.verb, keep: a.keep, line: a.line, keeps: a.keepNames()}
+	line := slices.DeleteFunc(slices.Clone(a.line), func(w string) bool { return strings.HasPrefix(w, "--in-view=") }) // ours
+	return here{sudo: a.sudo, root: a.root, verb: a.verb, keep: a.keep, line: line, keeps: a.keepNames()}
 }
 
 // completeKeep completes a keep's name as the first argument.

@@ -41,7 +41,9 @@ func newList(a *app) *cobra.Command {
 		GroupID: "policy",
 		Long: `List the paths of both stores with the verdict of the policy, where they lie, their
 size and the reason. A path is misplaced where it lies in one store and belongs
-into the other: in the system store that is a leak, in the keep it is waste.
+into the other: in the system store that is a leak, in the keep it is waste. The
+second column says where a path lies: s- in the system store, -p in the keep, sp in
+both; "!" marks what is misplaced.
 
 --json is one object by path with everything "nix path-info --all --json" tells and
 the verdicts besides. --tree groups what is personal for a reference under the path
@@ -253,7 +255,11 @@ func reasonTexts(v *policy.Verdicts) func(policy.Reason, int) string {
 		if !ok {
 			if s = r.String(); rule != policy.NoRule {
 				line := &v.Policy().Rules[rule]
-				s = fmt.Sprintf("%s  %s (%s)", s, printable(line.Text), printable(spoken{File: line.Pos.Source, Row: line.Pos.Line}.at()))
+				gap := "  "
+				if r == policy.Reference {
+					gap = "  despite " // the line is the one that grants it
+				}
+				s = fmt.Sprintf("%s%s%s (%s)", s, gap, printable(line.Text), printable(spoken{File: line.Pos.Source, Row: line.Pos.Line}.at()))
 			}
 			made[k] = s
 		}

@@ -83,7 +83,7 @@ func runPolicyCheck(ctx context.Context, a *app, s *sight, minReach int) error {
 	if err != nil {
 		return err
 	}
-	r.scope = s.scope()
+	r.scope, r.here = s.scope(), a.here()
 	if err := a.ui.report(r); err != nil {
 		return err
 	}
@@ -132,11 +132,28 @@ type checkReport struct {
 	Leaked   amount       `json:"leaked"` // personal, and in the system store
 	Broken   []brokenLine `json:"broken"`
 	Reach    []reaching   `json:"reach"`
-	Idle     []ruleRef    `json:"idle"`
+	Idle     []idle       `json:"idle"`
 	Hanging  []hanging    `json:"hanging"`
 	OnlyFor  amount       `json:"personal_for_the_unknown"`
 	Unknown  []string     `json:"unresolved"`
 	Notes    []string     `json:"notes"`
+	// Signatures are those of declared keys: what was verified now, what was remembered
+	// from before, and how many do not hold.
+	Signatures checkedSigs `json:"signatures"`
+
+	here here
+}
+
+type checkedSigs struct {
+	Verified   int64 `json:"verified"`
+	Remembered int64 `json:"remembered"`
+	Bad        int64 `json:"bad"`
+}
+
+// idle is a line that is yes for no path.
+type idle struct {
+	ruleRef
+	Unknown int `json:"unknown_for"`
 }
 
 type brokenLine struct {
@@ -162,8 +179,9 @@ const maxBroken = 5
 
 func checked(v *policy.Verdicts, r *policy.Report, w *verdict.World) checkReport {
 	p, g := v.Policy(), v.Index().Graph()
-	out := checkReport{Lines: len(p.Rules), Broken: []brokenLine{}, Reach: []reaching{}, Idle: []ruleRef{}, Hanging: []hanging{},
-		OnlyFor: amountOf(r.OnlyFor), Unknown: append([]string{}, r.Unresolved...), Notes: append([]string{}, w.Notes...)}
+	out := checkReport{Lines: len(p.Rules), Broken: []brokenLine{}, Reach: []reaching{}, Idle: []idle{}, Hanging: []hanging{},
+		OnlyFor: amountOf(r.OnlyFor), Unknown: append([]string{}, r.Unresolved...), Notes: append([]string{}, w.Notes...),
+		Signatures: checkedSigs{w.Signatures.Verified, w.Signatures.Remembered, w.Signatures.Bad}}
 	for i := range g.Len() {
 		id := graph.ID(i)
 		to := &out.Personal
@@ -190,7 +208,7 @@ func checked(v *policy.Verdicts, r *policy.Report, w *verdict.World) checkReport
 		out.Reach = append(out.Reach, reaching{g.Path(x.ID), amountOf(x.Pulls)})
 	}
 	for _, rule := range r.Idle {
-		out.Idle = append(out.Idle, refer(p, rule))
+		out.Idle = append(out.Idle, idle{refer(p, rule), v.Stats[rule].Unknown})
 	}
 	for _, h := range r.Hanging {
 		out.Hanging = append(out.Hanging, hanging{refer(p, h.Rule), h.Direct, amountOf(h.Moves)})
@@ -215,7 +233,7 @@ func (r checkReport) print(p *page) {
 			p.printf("    and %d more\n", n)
 		}
 		if len(b.Paths) > 0 {
-			p.printf("    why: overkeep why %s\n", quoteWord(b.Paths[0]))
+			p.printf("    why: %s\n", r.here.command(append(append([]string{"why"}, sightFlags(r.here.line)...), b.Paths[0])...))
 		}
 	}
 	for _, x := range r.Reach {
@@ -223,7 +241,11 @@ func (r checkReport) print(p *page) {
 			printable(shortPath(x.Path)), x.Pulls)
 	}
 	for _, l := range r.Idle {
-		p.printf("%s %s matches nothing\n", p.style("33", "idle:"), printable(l.String()))
+		words := "matches nothing"
+		if l.Unknown > 0 {
+			words = "matches nothing that is known, and could not tell for " + paths(l.Unknown)
+		}
+		p.printf("%s %s %s\n", p.style("33", "idle:"), printable(l.String()), words)
 	}
 	for _, h := range r.Hanging {
 		p.printf("%s %s: it could not tell for %s that are public; without \"when known\" %s would be personal\n",
@@ -427,7 +449,11 @@ func (r testReport) print(p *page) {
 		}
 	}
 	if len(r.Failures) == 0 {
-		p.printf("%s\n", p.style("32", fmt.Sprintf("All %d expectations hold.", r.Expectations)))
+		words := fmt.Sprintf("All %d expectations hold.", r.Expectations)
+		if r.Expectations == 1 {
+			words = "The one expectation holds."
+		}
+		p.printf("%s\n", p.style("32", words))
 		return
 	}
 	p.printf("%d of %d expectations do not hold.\n", len(r.Failures), r.Expectations)

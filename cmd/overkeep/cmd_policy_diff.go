@@ -9,7 +9,6 @@ import (
 
 	"overkeep/overlay/verdict"
 	"overkeep/policy"
-	"overkeep/policy/graph"
 )
 
 func newPolicyDiff(a *app) *cobra.Command {
@@ -66,7 +65,10 @@ func runPolicyDiff(ctx context.Context, a *app, s *sight, names []string, all bo
 	for _, n := range w.Notes {
 		a.ui.note("%s", n)
 	}
-	r, err := settled(ctx, func() diffReport { return moved(policy.Diff(w.Decide(two[0]), w.Decide(two[1])), w.Graph) })
+	r, err := settled(ctx, func() diffReport {
+		after := w.Decide(two[1])
+		return moved(policy.Diff(w.Decide(two[0]), after), after)
+	})
 	if err != nil {
 		return err
 	}
@@ -88,14 +90,20 @@ type pathMove struct {
 	To    string `json:"to"`               // system, personal
 	Next  string `json:"refers,omitempty"` // what it refers to, if that is why it is personal
 	Cause string `json:"cause,omitempty"`  // and the path that decides
+
+	Line *ruleRef `json:"line,omitempty"` // of the new policy, that decides about the path itself
 }
 
-func moved(c *policy.Changes, g *graph.Graph) diffReport {
+func moved(c *policy.Changes, after *policy.Verdicts) diffReport {
+	g := after.Index().Graph()
 	out := diffReport{ToSystem: amountOf(c.ToSystem), ToPersonal: amountOf(c.ToPersonal), Moves: []pathMove{}}
 	for _, m := range c.Moves {
 		x := pathMove{Path: m.Path, Bytes: m.Bytes, To: placement(m.ToSystem)}
 		if m.Pull != nil {
 			x.Next, x.Cause = g.Path(m.Pull.Next), g.Path(m.Pull.Cause)
+		} else if _, rule := after.Reason(m.After); rule != policy.NoRule {
+			line := refer(after.Policy(), rule)
+			x.Line = &line
 		}
 		out.Moves = append(out.Moves, x)
 	}
@@ -126,8 +134,11 @@ func (r diffReport) print(p *page) {
 			if m.To != way.to {
 				continue
 			}
-			why := ""
-			if m.Cause != "" {
+			why := "no line grants it"
+			switch {
+			case m.Line != nil:
+				why = m.Line.String()
+			case m.Cause != "":
 				why = "refers to " + shortPath(m.Next)
 				if m.Cause != m.Next {
 					why += ", for the sake of " + shortPath(m.Cause)

@@ -2,8 +2,11 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -11,6 +14,7 @@ import (
 
 	"overkeep/overlay/verdict"
 	"overkeep/policy"
+	"overkeep/systemd/keep"
 )
 
 func newPolicyGraph(a *app) *cobra.Command {
@@ -73,6 +77,9 @@ func runPolicyGraph(ctx context.Context, a *app, s *sight, svg string, words []s
 		return a.ui.report(drawn{SVG: d.svg()})
 	}
 	f, err := os.OpenFile(svg, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600) // it names private paths
+	if errors.Is(err, fs.ErrExist) {
+		return &keep.Error{Code: keep.CodeKeepExists, Name: absolute(svg), Message: fmt.Sprintf("%q is there already, and is not overwritten", svg)}
+	}
 	if err != nil {
 		return usagef("%v", err)
 	}
@@ -81,6 +88,14 @@ func runPolicyGraph(ctx context.Context, a *app, s *sight, svg string, words []s
 		err = cerr
 	}
 	return err
+}
+
+// absolute is the path of a file for a message.
+func absolute(name string) string {
+	if abs, err := filepath.Abs(name); err == nil {
+		return abs
+	}
+	return name
 }
 
 type drawn struct {

@@ -79,7 +79,7 @@ func runWhy(ctx context.Context, a *app, o whyOptions) error {
 	if err != nil {
 		return err
 	}
-	r := whyReport{scope: o.sight.scope()}
+	r := whyReport{scope: o.sight.scope(), Notes: w.Notes}
 	for i, list := range ids {
 		if len(list) == 0 {
 			return &pathError{o.paths[i]}
@@ -103,6 +103,7 @@ func (e *pathError) Error() string { return fmt.Sprintf("no path of the stores i
 type whyReport struct {
 	scope
 	Paths []explanation `json:"paths"`
+	Notes []string      `json:"notes,omitempty"` // what could not be found out
 	Left  int           `json:"left_off,omitempty"`
 }
 

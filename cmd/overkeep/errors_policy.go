@@ -4,11 +4,13 @@ import (
 	"errors"
 	"io/fs"
 	"path"
+	"slices"
 	"strings"
 
 	"overkeep/overlay/facts"
 	"overkeep/overlay/layout"
 	"overkeep/overlay/nixdb"
+	"overkeep/overlay/provenance"
 	"overkeep/overlay/verdict"
 	"overkeep/policy"
 	"overkeep/systemd/keep"
@@ -20,9 +22,10 @@ const (
 	codeRequire     keep.Code = "require"
 	codeExpectation keep.Code = "expectation"
 	codeNoPath      keep.Code = "no-such-path"
+	codeNix         keep.Code = "nix"
 )
 
-var policyCodes = []keep.Code{codePolicy, codeRequire, codeExpectation, codeNoPath}
+var policyCodes = []keep.Code{codePolicy, codeRequire, codeExpectation, codeNoPath, codeNix}
 
 // explainPolicy is explain for what decides; nil where err is of another kind.
 func explainPolicy(err error, h here) *problem {
@@ -31,6 +34,7 @@ func explainPolicy(err error, h here) *problem {
 		source *verdict.SourceError
 		noPath *pathError
 		file   *fs.PathError
+		nix    *nixError
 	)
 	switch {
 	case errors.As(err, &text):
@@ -41,9 +45,21 @@ func explainPolicy(err error, h here) *problem {
 		return p
 	case errors.As(err, &noPath):
 		p := &problem{Code: codeNoPath, Message: noPath.Error(), Name: noPath.word}
-		pattern := "*" + path.Base(noPath.word) + "*"
-		p.Remedy = []remedy{{"Look for a part of the name:", h.command("list", "--where", "name \""+pattern+"\"")}}
+		pattern := "*" + strings.Trim(path.Base(noPath.word), "*") + "*"
+		p.Remedy = []remedy{{"Look for a part of the name:", h.command(append(append([]string{"list"}, sightFlags(h.line)...), "--where", "name \""+pattern+"\"")...)}}
 		return p
+	case errors.As(err, &nix):
+		p := &problem{Code: codeNix, Message: nix.Error()}
+		if nix.offline {
+			p.Remedy = append(p.Remedy, remedy{"If it needs the network, or a build:", h.command(append(slices.Clone(h.line), "--fetch")...)})
+		}
+		p.Remedy = append(p.Remedy, remedy{"The same by hand:", h.command(append([]string{"run", nix.keep, "--", "nix"}, nix.args...)...)})
+		return p
+	case errors.Is(err, provenance.ErrInput), errors.Is(err, provenance.ErrVersion), errors.Is(err, provenance.ErrUnsafe), errors.Is(err, provenance.ErrSize):
+		if errors.Is(err, provenance.ErrVersion) {
+			return &problem{Code: keep.CodeVersion, Message: err.Error(), Remedy: remedies(&keep.Error{Code: keep.CodeVersion}, h)}
+		}
+		return &problem{Code: keep.CodeDamaged, Message: err.Error(), Remedy: originRemedy(h)}
 	case errors.Is(err, nixdb.ErrMissing):
 		return &problem{Code: keep.CodeNoNix, Message: err.Error(), Remedy: []remedy{{"What the machine has of Nix:", h.command("doctor")}}}
 	case errors.Is(err, nixdb.ErrCorrupt):
@@ -74,4 +90,15 @@ func policyRemedy(name string, h here) []remedy {
 		return []remedy{{"Mend it:", h.command(args...)}}
 	}
 	return []remedy{{"Mend it, and look again:", h.again()}}
+}
+
+// originRemedy puts the file of recorded origins aside.
+func originRemedy(h here) []remedy {
+	k, err := layout.New(h.root, h.keep)
+	if err != nil {
+		return nil
+	}
+	dir := k.Provenance()
+	return []remedy{{"Put it aside; what lock files say is recorded anew:",
+		h.command("run", k.Name, "--as-root", "--", "mv", dir, dir+".damaged")}}
 }

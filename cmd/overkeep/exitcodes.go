@@ -34,6 +34,7 @@ const (
 	exitRequire       = 20 // a require line of the policy does not hold
 	exitExpectation   = 21 // the policy does not do what is expected of it
 	exitNoPath        = 22 // the stores have no such path
+	exitNix           = 23 // Nix did not do what it was asked for
 )
 
 // exitTable is what `overkeep help exit-codes` and the man page show.
@@ -65,6 +66,7 @@ var exitTable = []struct {
 	{exitRequire, "require", "A require line of the policy does not hold."},
 	{exitExpectation, "expectation", "The policy does not do what is expected of it."},
 	{exitNoPath, "no such path", "The stores have no such path."},
+	{exitNix, "nix", "Nix was asked and did not answer. Its own words are in the message."},
 }
 
 // exitOf is the exit code of every code of the library.
@@ -95,6 +97,7 @@ var exitOf = map[keep.Code]int{
 	codeRequire:          exitRequire,
 	codeExpectation:      exitExpectation,
 	codeNoPath:           exitNoPath,
+	codeNix:              exitNix,
 }
 
 // exitLines renders the given codes, or all of them, one a line.

@@ -52,8 +52,12 @@ func TestScript(t *testing.T) {
 			return false, errors.New("unknown condition")
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"nobody": nobody,
-			"notty":  notty,
+			"nobody":       nobody,
+			"notty":        notty,
+			"world":        world,
+			"exits":        exitsWith,
+			"sameverdicts": sameverdicts,
+			"wellformed":   wellformed,
 		},
 	})
 }

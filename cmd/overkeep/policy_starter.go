@@ -39,9 +39,9 @@ func (s starter) text() string {
 	p(`# "system" lines grant, "personal" lines veto, and what nothing grants is personal. The`)
 	p("# order of lines means nothing. What a path refers to must be public, too.")
 	p("#")
-	p("#     overkeep policy check       mistakes, broken requirements, lines without effect")
-	p("#     overkeep why PATH           why a path is where it is")
-	p("#     overkeep policy diff OLD NEW  what a change would move")
+	p("#     overkeep policy check          mistakes, broken requirements, lines without effect")
+	p("#     overkeep why PATH              why a path is where it is")
+	p("#     overkeep policy diff - DRAFT   what a change would move")
 	p("#")
 	p("# Everybody on this machine can read this file. Names that nobody should see belong into")
 	p("# a file of the keep's own, which is encrypted: overkeep policy edit --keep NAME")
@@ -88,24 +88,48 @@ func (s starter) text() string {
 	p("")
 	p("# Licences that say so are private, as far as they are known. \"when known\": without it")
 	p("# every path whose licence was not recorded would be personal.")
-	p("personal unfree when known")
+	if s.Kind == kindNixOS {
+		p("# Firmware and graphics drivers are unfree, too, and it would not boot without them.")
+		p("personal unfree and not boot when known")
+	} else {
+		p("personal unfree when known")
+	}
 	p("")
 	if len(s.Private) == 0 {
-		p("# Private work by name, what refers to it, and what was built from it here:")
+		p("# Private work by name, and what was built from it, even where no reference remains, as")
+		p("# far as the .drv files are here to tell:")
 		p(`# let secret = name "*-acme-*"`)
 		p("# personal secret")
-		p("# personal built-here and built-from (secret)")
+		p("# personal built-from (secret) when known")
 		return b.String()
 	}
 	quoted := make([]string, len(s.Private))
 	for i, g := range s.Private {
-		quoted[i] = `name "` + g + `"` // a pattern's backslashes are its own; what else is wrong the parser says
+		quoted[i] = "name " + quotePattern(g)
 	}
-	p("# Private work by name, and what was built from it here, even where no reference remains.")
+	p("# Private work by name, and what was built from it, even where no reference remains, as")
+	p("# far as the .drv files are here to tell.")
 	p("let secret = %s", strings.Join(quoted, " or "))
 	p("personal secret")
-	p("personal built-here and built-from (secret)")
+	p("personal built-from (secret) when known")
 	return b.String()
+}
+
+// quotePattern writes a pattern as a string of the policy language. Its backslashes are
+// its own: doubled, they would stand for themselves and the veto would match nothing.
+func quotePattern(g string) string {
+	var b strings.Builder
+	for i := 0; i < len(g); i++ {
+		switch {
+		case g[i] == '\\' && i+1 < len(g):
+			b.WriteByte(g[i])
+			i++
+		case g[i] == '"':
+			b.WriteByte('\\')
+		}
+		b.WriteByte(g[i])
+	}
+	return `"` + b.String() + `"`
 }
 
 // defaultProfile is where the installers of Nix put Nix.

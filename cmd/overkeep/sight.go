@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"os"
+	"path/filepath"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -40,7 +42,7 @@ func (s *sight) add(a *app, cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringVar(&s.keep, "keep", "", "the `KEEP` whose paths and policy count, too (default: yours, if it is open)")
 	f.StringArrayVar(&s.policies, "policy", nil, "decide by this `FILE`, as if it were root's, instead of the policies that are in force; may be repeated")
-	f.StringArrayVar(&s.dbs, "db", nil, "read this Nix database `FILE` as the system store instead of the machine's stores")
+	f.StringArrayVar(&s.dbs, "db", nil, "read this Nix database `FILE` as the system store instead of the machine's stores; links and derivations below its root, if it is ROOT/nix/var/nix/db/db.sqlite")
 	f.StringVar(&s.inView, "in-view", "", "")
 	_ = f.MarkHidden("in-view")
 	_ = cmd.RegisterFlagCompletionFunc("keep", func(c *cobra.Command, _ []string, part string) ([]string, cobra.ShellCompDirective) {
@@ -77,7 +79,7 @@ func (s *sight) place(a *app) error {
 		if s.keep != "" {
 			return usagef("--db is another machine's store: it goes without --keep")
 		}
-		s.input = verdict.Input{Root: "/", Stores: []facts.Store{{DB: s.dbs[0], Layer: graph.Lower}}}
+		s.input = verdict.Input{Root: rootOf(s.dbs[0]), Stores: []facts.Store{{DB: s.dbs[0], Layer: graph.Lower}}}
 		s.only = "another machine's database"
 		return nil
 	}
@@ -94,7 +96,43 @@ func (s *sight) place(a *app) error {
 		return err
 	}
 	a.keep, s.of, s.input = name, &k, verdict.View(k)
+	if os.Geteuid() != 0 {
+		// The upper directory is root's; the databases tell nearly as well where a path lies.
+		for i := range s.input.Stores {
+			s.input.Stores[i].UpperDir = ""
+		}
+	}
 	return nil
+}
+
+// sightFlags are the flags of a command line that say what is looked at, so that a
+// command to paste speaks of the same.
+func sightFlags(line []string) (out []string) {
+	for i, w := range line {
+		if w == "--" {
+			break
+		}
+		name, _, whole := strings.Cut(w, "=")
+		switch {
+		case name != "--db" && name != "--policy" && name != "--keep":
+		case whole:
+			out = append(out, w)
+		case i+1 < len(line):
+			out = append(out, w, line[i+1])
+		}
+	}
+	return out
+}
+
+// rootOf is where the root of another machine is mounted, if the database lies where
+// Nix has it below that: its profiles and derivations are the ones to look at, and not
+// those of this machine.
+func rootOf(db string) string {
+	abs, err := filepath.Abs(db)
+	if root, ok := strings.CutSuffix(abs, verdict.SystemDB); err == nil && ok && root != "" {
+		return root
+	}
+	return "/"
 }
 
 // viewOf names the keep in whose view this process is, or becomes a process there.

@@ -161,7 +161,7 @@ func TestHostileRows(t *testing.T) {
 		{"ca cut", set("ca", "'fixed:'"), plain + " broken", plain},
 		{"ca blob", set("ca", "x'66'"), plain + " broken", plain},
 		{"ca empty", set("ca", "''"), plain, plain},
-		{"ca fixed", set("ca", "'fixed:r:sha256:0'"), "source fixed lower", plain},
+		{"ca fixed", set("ca", "'fixed:r:sha256:0'"), "source fixed lower added", plain},
 		{"ca text", set("ca", "'text:sha256:0'"), "source lower", plain},
 		{"ca and deriver", set("ca", "'fixed:r:sha256:0', deriver = '/nix/store/"+other+".drv'"), "fixed lower", plain},
 		{"sigs", set("sigs", "'a:b'"), "output lower", plain},

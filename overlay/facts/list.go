@@ -64,12 +64,15 @@ func (o *object) members(b []byte) error {
 	return err
 }
 
+// perBuffer is how many ids, of a kilobyte each or so, are in a buffer.
+const perBuffer = 1 << 11
+
 // storeJSON writes the paths of a database: its readers fill a buffer per range of
 // ids, which are written in order, and window of them are in memory at most.
 func (s *Snapshot) storeJSON(ctx context.Context, l *loading, out *object, o *Listing) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	ranges := l.ranges()
+	ranges := l.ranges(perBuffer)
 	window := 2*l.snap.Readers() + 1
 	filled, written := make([]chan []byte, len(ranges)), make([]chan struct{}, len(ranges))
 	spare := make(chan []byte, window)

@@ -33,7 +33,7 @@ type listed struct {
 }
 
 func TestWriteJSON(t *testing.T) {
-	for _, n := range []int{1, 40_000} {
+	for _, n := range []int{1, 9000} {
 		file, s := generate(t, storegen.Options{Paths: n, Seed: 9, Signed: 0.01})
 		snap, err := Open(t.Context(), []Store{{DB: file, Layer: graph.Lower}}, Options{})
 		if err != nil {

@@ -72,14 +72,14 @@ const maxID = 1 << 40
 // perChunk is how many ids a chunk is for, in a database without a million ids gone.
 const perChunk = 1 << 14
 
-// ranges cuts the ids into about as many ranges as there is work for.
-func (l *loading) ranges() (chunks []*chunk) {
-	const most = 256
+// ranges cuts the ids into ranges of so many, or into most larger ones.
+func (l *loading) ranges(per uint64) (chunks []*chunk) {
+	const most = 1024
 	if l.hi < l.lo {
 		return nil
 	}
 	span := uint64(l.hi - l.lo) // ids may be anything, as a whole a range of 64 bits
-	step := max(perChunk, span/most+1)
+	step := max(per, span/most+1)
 	for at := uint64(0); ; at += step {
 		c := &chunk{lo: l.lo + int64(at), hi: math.MaxInt64}
 		chunks = append(chunks, c)
@@ -142,7 +142,7 @@ func (s *Snapshot) load(ctx context.Context) error {
 		if l.lo, l.hi, err = l.snap.Bounds(ctx); err != nil {
 			return err
 		}
-		l.chunks = l.ranges()
+		l.chunks = l.ranges(perChunk)
 	}
 	prefix := s.o.StoreDir + "/"
 	err := s.together(func(l *loading) error {

@@ -49,7 +49,7 @@ func words(g *graph.Graph) map[string]known {
 	return all
 }
 
-var flagNames = []string{"source", "derivation", "output", "fixed", "ultimate", "lower", "upper", "differs", "broken"}
+var flagNames = []string{"source", "derivation", "output", "fixed", "ultimate", "lower", "upper", "differs", "broken", "added"}
 
 func flagWords(f graph.Flags) string {
 	var s []string
@@ -306,6 +306,9 @@ func slowLoad(t testing.TB, stores []Store, own map[string]bool) map[string]know
 			f |= graph.Source
 		case fixed:
 			f |= graph.Source | graph.FixedOutput
+			if delete(refs, n); len(refs) == 0 && f&graph.Ultimate == 0 {
+				f |= graph.Added
+			}
 		case signed || f&graph.Ultimate != 0:
 			f |= graph.Output
 		case made:
@@ -379,7 +382,7 @@ func valid(t testing.TB, g *graph.Graph) {
 				}
 			}
 		}
-		if g.Flags[id]&graph.KindMask == 0 || g.Flags[id]&graph.LayerMask == 0 || g.Flags[id]>>9 != 0 {
+		if g.Flags[id]&graph.KindMask == 0 || g.Flags[id]&graph.LayerMask == 0 || g.Flags[id]>>10 != 0 {
 			t.Fatalf("path %d: flags %#x", i, g.Flags[id])
 		}
 	}

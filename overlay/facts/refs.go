@@ -181,6 +181,9 @@ func (s *Snapshot) finish() error {
 	}
 	for id, f := range g.Flags {
 		g.Flags[id] = f&^saysMask | kind(f, g.BaseName(graph.ID(id)), anyCA)
+		if s.added(graph.ID(id), f, anyCA) {
+			g.Flags[id] |= graph.Added
+		}
 		if f&graph.Broken != 0 {
 			s.Report.Broken++
 		}

@@ -102,6 +102,21 @@ const (
 
 var dotDrv = []byte(".drv")
 
+// added reports whether a row is that of a path that was added with a known content,
+// as far as anybody can tell. A path that refers to others was not added by its content
+// alone: `nix store make-content-addressed` turns what was built into such a path.
+func (s *Snapshot) added(id graph.ID, says graph.Flags, anyCA bool) bool {
+	if says&saysFixed == 0 || says&(saysDeriver|saysOutput|graph.Ultimate) != 0 || anyCA || s.Graph.IsDerivation(id) {
+		return false
+	}
+	for _, r := range s.Graph.References(id) {
+		if r != id {
+			return false
+		}
+	}
+	return true
+}
+
 // kind is what a path can be, by its row. Several kinds, where the rows do not
 // tell them apart.
 //

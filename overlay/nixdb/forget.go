@@ -21,15 +21,18 @@ func Forget(ctx context.Context, file string, paths []string) (err error) {
 		return nil
 	}
 	// Opened by the reader first: it judges file and schema.
-	d, err := Open(ctx, file)
-	if err != nil {
+	if _, err := Open(ctx, file); err != nil {
 		return err
 	}
-	defer d.Close()
 	abs, err := filepath.Abs(file)
 	if err != nil {
 		return err
 	}
+	use, err := beginWriting(ctx, abs)
+	if err != nil {
+		return err
+	}
+	defer use.end()
 	uri := url.URL{Scheme: "file", Path: abs,
 		RawQuery: fmt.Sprintf("mode=rw&_foreign_keys=1&_txlock=immediate&_busy_timeout=%d", busyTimeout.Milliseconds())}
 	w, err := sql.Open("sqlite3", uri.String())
@@ -39,7 +42,7 @@ func Forget(ctx context.Context, file string, paths []string) (err error) {
 	defer func() { err = errors.Join(err, w.Close()) }()
 	tx, err := w.BeginTx(ctx, nil)
 	if err != nil {
-		return d.wrap(err)
+		return wrap(file, err)
 	}
 	defer func() { _ = tx.Rollback() }() // nothing after Commit
 	// References first: a row that is referred to cannot go (schema.sql).
@@ -49,9 +52,9 @@ func Forget(ctx context.Context, file string, paths []string) (err error) {
 	} {
 		for _, p := range paths {
 			if _, err := tx.ExecContext(ctx, q, p); err != nil {
-				return d.wrap(err)
+				return wrap(file, err)
 			}
 		}
 	}
-	return d.wrap(tx.Commit())
+	return wrap(file, tx.Commit())
 }

@@ -17,7 +17,6 @@ func TestForget(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer d.Close()
 		return names(t, d)
 	}
 	all := left()
@@ -35,7 +34,6 @@ func TestForget(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer d.Close()
 	if got, want := left(), names(t, d); got != want {
 		t.Errorf("left are %s, want %s", got, want)
 	}

@@ -49,7 +49,6 @@ func ReadLayered(ctx context.Context, upperDB, upperDir string) (Layered, error)
 	if err != nil {
 		return Layered{}, err
 	}
-	defer d.Close()
 	// Rows before the directory: Nix moves a path into place and then
 	// registers it, so a row that is seen has its entry.
 	g, err := d.Graph(ctx, nil)

@@ -5,10 +5,14 @@
 // immutable), and a database that is missing, damaged or of another schema is a
 // typed error, not an empty list.
 //
-// Start with Open for a store's db.sqlite, or LowerNeeds for what a keep needs
-// of the system store. Watch tells when Nix wrote. It is a reader for thousands
-// of paths at a time, not the fast loader for a policy's graph, and not for
-// databases on a read-only file system (WAL needs to write its index, -shm).
+// Start with OpenSnapshot for many rows at a time, Open for single questions, or
+// LowerNeeds for what a keep needs of the system store. Watch tells when Nix
+// wrote. For a policy's graph use package facts. It is not for a WAL database on a
+// read-only file system (its index, -shm, must exist).
+//
+// Reading does not disturb Nix: no lock is taken that makes it wait. In turn, a
+// process that has a snapshot open cannot write to that database by another
+// connection of its own; Forget waits.
 //
 // Never open db.sqlite by other means in the same process: closing any
 // descriptor of it drops SQLite's POSIX locks (sqlite.org/howtocorrupt.html, 2.2).
@@ -16,18 +20,19 @@ package nixdb
 
 import (
 	"context"
-	"database/sql"
 	"errors"
 	"fmt"
 	"io/fs"
 	"iter"
-	"net/url"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
 	"time"
 
 	"github.com/mattn/go-sqlite3"
+
+	"overkeep/overlay/nixdb/batch"
 )
 
 var (
@@ -49,11 +54,9 @@ const schema = "10"
 
 const busyTimeout = 5 * time.Second
 
-// DB is an open database. It is safe for concurrent use.
-type DB struct {
-	db   *sql.DB
-	path string
-}
+// DB is a database that was there and sound when it was opened. Every method looks
+// at it anew, by a Snapshot of its own. It is safe for concurrent use.
+type DB struct{ path string }
 
 // PathInfo is a row of ValidPaths.
 type PathInfo struct {
@@ -68,23 +71,22 @@ type PathInfo struct {
 	CA               string // content address or empty
 }
 
-// Open opens the database file (…/db/db.sqlite) for reading.
+// Open checks the database file (…/db/db.sqlite).
 func Open(ctx context.Context, path string) (*DB, error) {
-	abs, err := checkFile(path)
+	s, err := OpenSnapshot(ctx, path, 1)
 	if err != nil {
 		return nil, err
 	}
-	uri := url.URL{Scheme: "file", Path: abs, RawQuery: fmt.Sprintf("mode=ro&_query_only=1&_busy_timeout=%d", busyTimeout.Milliseconds())}
-	db, err := sql.Open("sqlite3", uri.String())
+	return &DB{path}, s.Close()
+}
+
+// with runs f on the state of this moment.
+func (d *DB) with(ctx context.Context, f func(*Snapshot) error) error {
+	s, err := OpenSnapshot(ctx, d.path, 1)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	d := &DB{db: db, path: path}
-	if err := d.check(ctx); err != nil {
-		_ = db.Close()
-		return nil, err
-	}
-	return d, nil
+	return errors.Join(f(s), s.Close())
 }
 
 // checkFile judges the file and the schema file beside it, if there is one, and
@@ -106,34 +108,13 @@ func checkFile(path string) (abs string, err error) {
 	return filepath.Abs(path)
 }
 
-// Close closes the database.
-func (d *DB) Close() error { return d.db.Close() }
-
-// check compares the tables used here.
-func (d *DB) check(ctx context.Context) error {
-	for _, q := range []string{
-		"select id, path, hash, registrationTime, deriver, narSize, ultimate, sigs, ca from ValidPaths limit 1",
-		"select referrer, reference from Refs limit 1",
-	} {
-		rows, err := d.db.QueryContext(ctx, q)
-		if err == nil {
-			rows.Next()
-			err = errors.Join(rows.Err(), rows.Close())
-		}
-		if err != nil {
-			return d.wrap(err)
-		}
-	}
-	return nil
-}
-
 // wrap gives an error of SQLite its type. No text of a row gets in.
-func (d *DB) wrap(err error) error {
+func wrap(path string, err error) error {
 	var se sqlite3.Error
 	if err == nil || !errors.As(err, &se) {
 		return err
 	}
-	return wrapCode(d.path, int(se.Code), err)
+	return wrapCode(path, int(se.Code), err)
 }
 
 // wrapCode gives an error its type by SQLite's result code, primary or extended.
@@ -144,7 +125,7 @@ func wrapCode(path string, code int, err error) error {
 		kind = ErrCorrupt
 	case sqlite3.ErrError: // no such table, no such column
 		kind = ErrSchema
-	case sqlite3.ErrBusy, sqlite3.ErrLocked:
+	case sqlite3.ErrBusy, sqlite3.ErrLocked, sqlite3.ErrProtocol:
 		kind = ErrBusy
 	case sqlite3.ErrCantOpen, sqlite3.ErrReadonly, sqlite3.ErrPerm, sqlite3.ErrIoErr, sqlite3.ErrAuth:
 		kind = ErrUnreadable
@@ -154,25 +135,6 @@ func wrapCode(path string, code int, err error) error {
 	return fmt.Errorf("%q: %w: %w", path, kind, err)
 }
 
-// rows calls each for every row of a query.
-func (d *DB) rows(ctx context.Context, q querier, query string, each func(*sql.Rows) error) error {
-	rows, err := q.QueryContext(ctx, query)
-	if err != nil {
-		return d.wrap(err)
-	}
-	defer rows.Close()
-	for rows.Next() {
-		if err := each(rows); err != nil {
-			return err
-		}
-	}
-	return d.wrap(rows.Err())
-}
-
-type querier interface {
-	QueryContext(ctx context.Context, query string, args ...any) (*sql.Rows, error)
-}
-
 // errStop ends an iteration that its consumer left.
 var errStop = errors.New("stop")
 
@@ -180,20 +142,20 @@ var errStop = errors.New("stop")
 // is the last thing yielded.
 func (d *DB) ValidPaths(ctx context.Context) iter.Seq2[PathInfo, error] {
 	return func(yield func(PathInfo, error) bool) {
-		err := d.rows(ctx, d.db, `select id, path, hash, registrationTime, ifnull(deriver,''), ifnull(narSize,0),
-			ifnull(ultimate,0), ifnull(sigs,''), ifnull(ca,'') from ValidPaths order by id`, func(r *sql.Rows) error {
-			var p PathInfo
-			var sigs string
-			if err := r.Scan(&p.ID, &p.Path, &p.Hash, &p.RegistrationTime, &p.Deriver, &p.NarSize, &p.Ultimate, &sigs, &p.CA); err != nil {
-				return d.badRow()
-			}
-			p.Sigs = strings.Fields(sigs)
-			if !yield(p, nil) {
-				return errStop
-			}
-			return nil
+		err := d.with(ctx, func(s *Snapshot) error {
+			return s.Paths(ctx, 0, math.MinInt64, math.MaxInt64, true, func(r *Row) error {
+				if r.Wrong {
+					return d.badRow()
+				}
+				p := PathInfo{r.ID, string(r.Path), string(r.Hash), r.RegistrationTime, string(r.Deriver), r.NarSize, r.Ultimate,
+					strings.Fields(string(r.Sigs)), string(r.CA)}
+				if !yield(p, nil) {
+					return errStop
+				}
+				return nil
+			})
 		})
-		if err != nil && err != errStop {
+		if err != nil && !errors.Is(err, errStop) {
 			yield(PathInfo{}, err)
 		}
 	}
@@ -213,31 +175,38 @@ type Totals struct {
 // Totals counts the valid paths.
 func (d *DB) Totals(ctx context.Context) (Totals, error) {
 	var t Totals
-	err := d.db.QueryRowContext(ctx, "select count(*), ifnull(sum(narSize),0) from ValidPaths").Scan(&t.Paths, &t.NarBytes)
-	return t, d.wrap(err)
+	err := d.with(ctx, func(s *Snapshot) error {
+		return s.query(ctx, 0, "select count(*), ifnull(sum(narSize),0) from ValidPaths", 2, 1, nil, func(r *batch.Rows, i int) error {
+			t = Totals{r.Int(i, 0), r.Int(i, 1)}
+			return nil
+		})
+	})
+	return t, err
 }
 
 // Exists returns those of paths that are valid, in their order.
 func (d *DB) Exists(ctx context.Context, paths []string) ([]string, error) {
-	tx, err := d.db.BeginTx(ctx, nil)
-	if err != nil {
-		return nil, d.wrap(err)
-	}
-	defer tx.Rollback()
-	stmt, err := tx.PrepareContext(ctx, "select 1 from ValidPaths where path = ?")
-	if err != nil {
-		return nil, d.wrap(err)
-	}
-	defer stmt.Close()
 	var valid []string
-	for _, p := range paths {
-		var one int
-		switch err := stmt.QueryRowContext(ctx, p).Scan(&one); {
-		case err == nil:
-			valid = append(valid, p)
-		case !errors.Is(err, sql.ErrNoRows):
-			return nil, d.wrap(err)
+	err := d.with(ctx, func(s *Snapshot) error {
+		l, err := s.Lookup()
+		if err != nil {
+			return err
 		}
+		defer l.Close()
+		var row Row
+		for _, p := range paths {
+			found, err := l.ByPath(ctx, []byte(p), &row)
+			if err != nil {
+				return err
+			}
+			if found {
+				valid = append(valid, p)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
 	}
 	return valid, nil
 }
@@ -253,38 +222,31 @@ type Graph struct {
 // among them, as of one moment.
 func (d *DB) Graph(ctx context.Context, keep func(path string) bool) (Graph, error) {
 	var g Graph
-	tx, err := d.db.BeginTx(ctx, nil)
-	if err != nil {
-		return g, d.wrap(err)
-	}
-	defer tx.Rollback()
 	index := map[int64]int32{}
-	var id int64
-	var path string
-	err = d.rows(ctx, tx, "select id, path from ValidPaths order by id", func(r *sql.Rows) error {
-		if err := r.Scan(&id, &path); err != nil {
-			return d.badRow()
+	err := d.with(ctx, func(s *Snapshot) error {
+		err := s.Paths(ctx, 0, math.MinInt64, math.MaxInt64, false, func(r *Row) error {
+			if r.Path == nil {
+				return d.badRow()
+			}
+			if path := string(r.Path); keep == nil || keep(path) {
+				index[r.ID] = int32(len(g.Paths))
+				g.Paths = append(g.Paths, path)
+			}
+			return nil
+		})
+		if err != nil {
+			return err
 		}
-		if keep == nil || keep(path) {
-			index[id] = int32(len(g.Paths))
-			g.Paths = append(g.Paths, path)
-		}
-		return nil
-	})
-	if err != nil {
-		return Graph{}, err
-	}
-	err = d.rows(ctx, tx, "select referrer, reference from Refs", func(r *sql.Rows) error {
-		var from, to int64
-		if err := r.Scan(&from, &to); err != nil {
-			return d.badRow()
-		}
-		a, ok1 := index[from]
-		b, ok2 := index[to]
-		if ok1 && ok2 {
-			g.Refs = append(g.Refs, [2]int32{a, b})
-		}
-		return nil
+		return s.Refs(ctx, 0, math.MinInt64, math.MaxInt64, func(refs []Ref) error {
+			for _, r := range refs {
+				a, ok1 := index[r[0]]
+				b, ok2 := index[r[1]]
+				if ok1 && ok2 {
+					g.Refs = append(g.Refs, [2]int32{a, b})
+				}
+			}
+			return nil
+		})
 	})
 	if err != nil {
 		return Graph{}, err

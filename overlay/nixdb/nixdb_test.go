@@ -24,6 +24,7 @@ create table ValidPaths (id integer primary key autoincrement not null, path tex
 	registrationTime integer not null, deriver text, narSize integer, ultimate integer, sigs text, ca text);
 create table Refs (referrer integer not null, reference integer not null, primary key (referrer, reference),
 	foreign key (referrer) references ValidPaths(id) on delete cascade, foreign key (reference) references ValidPaths(id) on delete restrict);
+create table DerivationOutputs (drv integer not null, id text not null, path text not null, primary key (drv, id));
 `
 
 func name(n string) string { return strings.Repeat("0", 32) + "-" + n }
@@ -96,7 +97,6 @@ func TestLive(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			defer d.Close()
 			if got := names(t, d); got != "a b" {
 				t.Errorf("%q", got)
 			}
@@ -124,9 +124,6 @@ func TestLive(t *testing.T) {
 			got, err := d.Exists(t.Context(), []string{path("c"), path("a"), path("b"), "x'y", ""})
 			if diff := cmp.Diff([]string{path("c"), path("b")}, got); err != nil || diff != "" {
 				t.Errorf("%v %s", err, diff)
-			}
-			if _, err := d.db.Exec("delete from ValidPaths"); err == nil {
-				t.Error("the reader can write")
 			}
 			exec(t, w, "pragma wal_checkpoint(truncate)")
 			if got := names(t, d); got != "b c" {
@@ -156,9 +153,6 @@ func TestNoWAL(t *testing.T) {
 	if got := names(t, d); got != "a" {
 		t.Errorf("%q", got)
 	}
-	if err := d.Close(); err != nil {
-		t.Error(err)
-	}
 	after, err := os.ReadFile(file)
 	if err != nil || string(before) != string(after) {
 		t.Errorf("the database was written to: %v", err)
@@ -173,7 +167,6 @@ func TestRow(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer d.Close()
 	var got []PathInfo
 	for p, err := range d.ValidPaths(t.Context()) {
 		if err != nil {
@@ -252,7 +245,6 @@ func TestHostileDatabases(t *testing.T) {
 			}
 			d, err := Open(t.Context(), file)
 			if err == nil { // damage may lie where Open does not look
-				defer d.Close()
 				for _, e := range d.ValidPaths(t.Context()) {
 					err = e
 				}
@@ -269,7 +261,6 @@ func TestHostileDatabases(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer d.Close()
 		for _, err := range d.ValidPaths(t.Context()) {
 			if !errors.Is(err, ErrCorrupt) || strings.Contains(err.Error(), "SECRET") {
 				t.Error(err)
@@ -288,7 +279,6 @@ func TestGraph(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer d.Close()
 	g, err := d.Graph(t.Context(), func(p string) bool { return p != path("b") })
 	want := Graph{Paths: []string{path("a"), path("c"), path("d")}, Refs: [][2]int32{{1, 1}, {2, 0}}}
 	if diff := cmp.Diff(want, g); err != nil || diff != "" {
@@ -346,7 +336,6 @@ func TestWatch(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer d.Close()
 	for i := range 20 {
 		want := fmt.Sprintf("p%d", i)
 		add(t, w, want)
@@ -406,7 +395,6 @@ func FuzzOpen(f *testing.F) {
 		d, err := Open(t.Context(), file)
 		if err == nil {
 			_, err = d.Graph(t.Context(), nil)
-			d.Close()
 		}
 		if err != nil && !errors.Is(err, ErrCorrupt) && !errors.Is(err, ErrSchema) && !errors.Is(err, ErrUnreadable) {
 			t.Fatalf("untyped: %v", err)

@@ -20,6 +20,7 @@ import (
 // false) Nix's commits wait until it is closed.
 type Snapshot struct {
 	path    string
+	use     *use
 	readers []*batch.Conn
 	// AnyCA: the database has realisations of floating content-addressed
 	// derivations, so a content address does not prove a fixed output.
@@ -29,6 +30,11 @@ type Snapshot struct {
 // OpenSnapshot opens the database file (…/db/db.sqlite), checks that its tables are
 // those of schema 10, and takes a snapshot for as many readers. Errors are those
 // of Open.
+//
+// Nix never waits for it, not even for the instant in which SQLite readers
+// otherwise lock the WAL index to set it up or to mend it. The price: until the
+// snapshot is closed, nothing else in this process can write to the database;
+// Forget waits for that.
 func OpenSnapshot(ctx context.Context, path string, readers int) (_ *Snapshot, err error) {
 	abs, err := checkFile(path)
 	if err != nil {
@@ -40,26 +46,39 @@ func OpenSnapshot(ctx context.Context, path string, readers int) (_ *Snapshot, e
 			err = errors.Join(err, s.Close())
 		}
 	}()
-	for range max(1, readers) {
-		c, err := batch.Open(abs, busyTimeout)
-		if err != nil {
+	if s.use, err = beginReading(abs); err != nil {
+		return nil, err
+	}
+	for n, quiet := 0, s.use.quiet; ; n++ {
+		err := s.begin(ctx, abs, max(1, readers), quiet)
+		if err == nil {
+			return s, s.check(ctx)
+		}
+		again, still := settle(ctx, abs, err, n)
+		if !quiet || !again {
 			return nil, s.wrap(err)
+		}
+		quiet = still
+		if err := s.drop(); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// begin opens the readers and starts their transactions so that all see the same
+// state: SQLite tells a connection outside of a transaction, the witness, whether
+// anyone has committed since it asked last (sqlite.org/pragma.html#pragma_data_version).
+// After some attempts, beside a writer that commits faster than a transaction
+// begins, one reader is left.
+func (s *Snapshot) begin(ctx context.Context, abs string, readers int, quiet bool) error {
+	const attempts = 64
+	for range readers {
+		c, err := batch.Open(abs, quiet, busyTimeout)
+		if err != nil {
+			return err
 		}
 		s.readers = append(s.readers, c)
 	}
-	if err := s.begin(ctx, abs); err != nil {
-		return nil, err
-	}
-	return s, s.check(ctx)
-}
-
-// begin starts the transactions so that all see the same state: SQLite tells a
-// connection outside of a transaction, the witness, whether anyone has
-// committed since it asked last (sqlite.org/pragma.html#pragma_data_version).
-// After some attempts, beside a writer that commits faster than a transaction
-// begins, one reader is left.
-func (s *Snapshot) begin(ctx context.Context, abs string) error {
-	const attempts = 64
 	start := func() error {
 		for _, c := range s.readers {
 			if err := c.Exec("begin"); err != nil {
@@ -73,11 +92,11 @@ func (s *Snapshot) begin(ctx context.Context, abs string) error {
 		return nil
 	}
 	if len(s.readers) == 1 {
-		return s.wrap(start())
+		return start()
 	}
-	witness, err := batch.Open(abs, busyTimeout)
+	witness, err := batch.Open(abs, quiet, busyTimeout)
 	if err != nil {
-		return s.wrap(err)
+		return err
 	}
 	defer witness.Close()
 	for range attempts {
@@ -86,31 +105,31 @@ func (s *Snapshot) begin(ctx context.Context, abs string) error {
 		}
 		before, err := scalar(witness, "pragma data_version")
 		if err != nil {
-			return s.wrap(err)
+			return err
 		}
 		if err := start(); err != nil {
-			return s.wrap(err)
+			return err
 		}
 		after, err := scalar(witness, "pragma data_version")
 		if err != nil {
-			return s.wrap(err)
+			return err
 		}
 		if before == after {
 			return nil
 		}
 		for _, c := range s.readers {
 			if err := c.Exec("rollback"); err != nil {
-				return s.wrap(err)
+				return err
 			}
 		}
 	}
 	for _, c := range s.readers[1:] {
 		if err := c.Close(); err != nil {
-			return s.wrap(err)
+			return err
 		}
 	}
 	s.readers = s.readers[:1]
-	return s.wrap(start())
+	return start()
 }
 
 // scalar runs a query for one integer.
@@ -135,6 +154,13 @@ func (s *Snapshot) Readers() int { return len(s.readers) }
 
 // Close ends the transactions.
 func (s *Snapshot) Close() error {
+	err := s.drop()
+	s.use.end()
+	s.use = nil
+	return err
+}
+
+func (s *Snapshot) drop() error {
 	var errs []error
 	for _, c := range s.readers {
 		errs = append(errs, c.Close())

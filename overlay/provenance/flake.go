@@ -208,3 +208,27 @@ func Archive(storeDir string, b, lockFile []byte, self string) ([]Record, error)
 
 // followSteps bounds the look-up of one input.
 const followSteps = 1000
+
+// Flake reads what "nix flake metadata --json" and "nix flake archive --json" wrote
+// of one flake: the first has the lock file, also one that was not written to disk,
+// and the flake's own URL.
+func Flake(storeDir string, metadata, archive []byte) ([]Record, error) {
+	o, err := decode("flake metadata", metadata)
+	if err != nil {
+		return nil, err
+	}
+	locks, ok := o["locks"].(object)
+	if !ok {
+		return nil, fmt.Errorf("flake metadata: %w: it has no locks", ErrInput)
+	}
+	lockFile, err := json.Marshal(locks)
+	if err != nil {
+		return nil, err
+	}
+	locked, err := Lock(storeDir, lockFile)
+	if err != nil {
+		return nil, err
+	}
+	archived, err := Archive(storeDir, archive, lockFile, text(o, "url"))
+	return append(locked, archived...), err
+}

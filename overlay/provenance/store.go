@@ -26,13 +26,17 @@ import (
 // object a line, in the order in which things were learned.
 const fileName = "origins.jsonl"
 
+// fileMode lets the group of the directory, if it is set-group-ID, read: whose paths
+// they are may know where they come from.
+const fileMode = 0o640
+
 const (
 	maxFile = 256 << 20 // bytes; a million records of usual size
 	maxLine = 4 << 20   // bytes; the bounds of a record, escaped at worst
 )
 
 var (
-	// ErrUnsafe: another user could have written the file. A forged record could
+	// ErrUnsafe: another user than root could have written the file. A forged record could
 	// make a policy grant.
 	ErrUnsafe = errors.New("provenance that another user could have written")
 	// ErrRecord: a record that cannot be kept.
@@ -45,7 +49,7 @@ var (
 type Store struct {
 	dir     string
 	now     func() time.Time
-	maxFile int64 // for tests
+	maxFile int64
 
 	mu      sync.Mutex
 	known   map[string]*graph.Origin // by base name
@@ -55,11 +59,15 @@ type Store struct {
 }
 
 // Open reads the records in dir, which lies inside the keep's volume (K/provenance)
-// and is the caller's alone. Nothing is made until something is added. What a
+// and is written by root or the caller alone. Nothing is made until something is added. What a
 // crash tore off at the end is no error; lines that cannot be read are left out
 // and counted, see Damaged.
-func Open(dir string) (*Store, error) {
-	s := &Store{dir: dir, now: time.Now, maxFile: maxFile}
+func Open(dir string) (*Store, error) { return OpenWithin(dir, maxFile) }
+
+// OpenWithin is Open with a bound of its own on the file, in bytes: a larger one is
+// ErrSize, and so is what would make it larger.
+func OpenWithin(dir string, bound int64) (*Store, error) {
+	s := &Store{dir: dir, now: time.Now, maxFile: min(bound, maxFile)}
 	b, err := s.read()
 	if err != nil {
 		return nil, err
@@ -100,7 +108,7 @@ func checkHeader(b []byte) error {
 
 // openFile opens the file and checks whose it is. fs.ErrNotExist: there is none.
 func (s *Store) openFile(flags int) (*os.File, int64, error) {
-	f, err := os.OpenFile(filepath.Join(s.dir, fileName), flags|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
+	f, err := os.OpenFile(filepath.Join(s.dir, fileName), flags|unix.O_NOFOLLOW|unix.O_NONBLOCK, fileMode)
 	if errors.Is(err, unix.ELOOP) {
 		return nil, 0, fmt.Errorf("%w: a symbolic link", ErrUnsafe)
 	}
@@ -111,7 +119,7 @@ func (s *Store) openFile(flags int) (*os.File, int64, error) {
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
 		return nil, 0, errors.Join(err, f.Close())
 	}
-	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Uid != uint32(os.Geteuid()) || st.Mode&0o022 != 0 {
+	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Uid != 0 && st.Uid != uint32(os.Geteuid()) || st.Mode&0o022 != 0 {
 		err := fmt.Errorf("%w: uid %d, mode %#o", ErrUnsafe, st.Uid, st.Mode)
 		return nil, 0, errors.Join(err, f.Close())
 	}
@@ -136,29 +144,14 @@ func (s *Store) read() ([]byte, error) {
 }
 
 // load folds the lines of a file into s.
-func (s *Store) load(b []byte) error {
-	first, rest, ok := bytes.Cut(b, []byte{'\n'})
-	if !ok {
-		return nil // empty, or torn in its first line
-	}
-	if err := checkHeader(first); err != nil {
-		return err
-	}
-	for text := range bytes.Lines(rest) {
-		if text[len(text)-1] != '\n' {
-			break // torn by a crash
-		}
-		r, err := decodeLine(text)
-		if err != nil {
-			s.damaged++
-			continue
-		}
+func (s *Store) load(b []byte) (err error) {
+	s.damaged, err = lines(b, func(r Record, _ []byte) {
 		s.lines++
 		if !s.fold(r) {
 			s.useless++
 		}
-	}
-	return nil
+	})
+	return err
 }
 
 func decodeLine(b []byte) (Record, error) {
@@ -279,24 +272,20 @@ func (s *Store) Damaged() int {
 func (s *Store) Add(records ...Record) (int, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	fresh, err := s.fresh(records)
+	if err != nil {
+		return 0, err
+	}
 	var b []byte
-	var fresh []Record
-	seen := &Store{known: map[string]*graph.Origin{}} // within records
-	for _, r := range records {
-		if err := r.check(); err != nil {
-			return 0, err
+	for i := range fresh {
+		if fresh[i].When == 0 {
+			fresh[i].When = s.now().Unix()
 		}
-		if !s.news(r) || !seen.fold(r) {
-			continue
-		}
-		if r.When == 0 {
-			r.When = s.now().Unix()
-		}
-		text, err := r.encode()
+		text, err := fresh[i].encode()
 		if err != nil {
 			return 0, err
 		}
-		b, fresh = append(b, text...), append(fresh, r)
+		b = append(b, text...)
 	}
 	if len(fresh) == 0 {
 		return 0, nil
@@ -311,6 +300,27 @@ func (s *Store) Add(records ...Record) (int, error) {
 		}
 	}
 	return len(fresh), nil
+}
+
+// News returns those of the records that Add would keep.
+func (s *Store) News(records ...Record) ([]Record, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.fresh(records)
+}
+
+func (s *Store) fresh(records []Record) ([]Record, error) {
+	var out []Record
+	seen := &Store{known: map[string]*graph.Origin{}} // within records
+	for _, r := range records {
+		if err := r.check(); err != nil {
+			return nil, err
+		}
+		if s.news(r) && seen.fold(r) {
+			out = append(out, r)
+		}
+	}
+	return out, nil
 }
 
 // locked runs f while no other process changes the file: a lock on the directory,
@@ -350,6 +360,9 @@ func (s *Store) append(b []byte) error {
 		return err
 	}
 	if end == 0 {
+		if err := f.Chmod(fileMode); err != nil { // whatever the umask
+			return err
+		}
 		b = append([]byte(headerLine), b...)
 	} else {
 		first := make([]byte, min(end, 4096))
@@ -396,10 +409,64 @@ func wholeLines(f *os.File, size int64) (int64, error) {
 	return 0, nil
 }
 
+// Records yields the records as they were added, oldest first, also those that said
+// nothing new, and what other processes have added.
+func (s *Store) Records() ([]Record, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	b, err := s.read()
+	if err != nil {
+		return nil, err
+	}
+	var out []Record
+	_, err = lines(b, func(r Record, _ []byte) { out = append(out, r) })
+	return out, err
+}
+
+// lines calls each with the whole lines of a file that can be read.
+func lines(b []byte, each func(r Record, text []byte)) (damaged int, err error) {
+	first, rest, ok := bytes.Cut(b, []byte{'\n'})
+	if !ok {
+		return 0, nil // empty, or torn in its first line
+	}
+	if err := checkHeader(first); err != nil {
+		return 0, err
+	}
+	for text := range bytes.Lines(rest) {
+		if text[len(text)-1] != '\n' {
+			break // torn by a crash
+		}
+		if r, err := decodeLine(text); err == nil {
+			each(r, text)
+		} else {
+			damaged++
+		}
+	}
+	return damaged, nil
+}
+
 // Compact rewrites the file without the lines that say nothing new and those that
 // cannot be read, atomically, and takes in what other processes have added. When
 // and how a thing was first learned stays.
-func (s *Store) Compact() error {
+func (s *Store) Compact() error { return s.rewrite(func(Record) bool { return true }) }
+
+// Forget takes away all records of the paths for which forget is true, durably, and
+// returns how many paths they were of. What was known of them is unknown then, also
+// to a policy: a veto may be lost by it.
+func (s *Store) Forget(forget func(base string) bool) (int, error) {
+	gone := map[string]bool{}
+	err := s.rewrite(func(r Record) bool {
+		if !forget(r.Path) {
+			return true
+		}
+		gone[r.Path] = true
+		return false
+	})
+	return len(gone), err
+}
+
+// rewrite is Compact with the records only for which keep is true.
+func (s *Store) rewrite(keep func(Record) bool) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.locked(func() error {
@@ -408,23 +475,18 @@ func (s *Store) Compact() error {
 			return err
 		}
 		next := &Store{known: map[string]*graph.Origin{}}
-		if err := next.load(b); err != nil { // also a header of another version: not ours to rewrite
-			return err
-		}
-		next = &Store{known: map[string]*graph.Origin{}}
 		out := []byte(headerLine)
-		_, rest, _ := bytes.Cut(b, []byte{'\n'})
-		for text := range bytes.Lines(rest) {
-			if text[len(text)-1] != '\n' {
-				break
-			}
-			if r, err := decodeLine(text); err == nil && next.fold(r) {
+		// A header of another version is not ours to rewrite.
+		if _, err := lines(b, func(r Record, text []byte) {
+			if keep(r) && next.fold(r) {
 				out = append(out, text...)
 				next.lines++
 			}
+		}); err != nil {
+			return err
 		}
 		file := filepath.Join(s.dir, fileName)
-		if err := renameio.WriteFile(file, out, 0o600, renameio.IgnoreUmask(), renameio.WithTempDir(s.dir)); err != nil {
+		if err := renameio.WriteFile(file, out, fileMode, renameio.IgnoreUmask(), renameio.WithTempDir(s.dir)); err != nil {
 			return err
 		}
 		s.known, s.lines, s.useless, s.damaged = next.known, next.lines, 0, 0

@@ -88,7 +88,7 @@ func TestStore(t *testing.T) {
 			t.Errorf("%d damaged: %s", s.Damaged(), diff)
 		}
 	}
-	for name, mode := range map[string]os.FileMode{dir: 0o700, filepath.Join(dir, fileName): 0o600} {
+	for name, mode := range map[string]os.FileMode{dir: 0o700, filepath.Join(dir, fileName): 0o640} {
 		if st, err := os.Stat(name); err != nil || st.Mode().Perm() != mode {
 			t.Errorf("%s: %v %v", name, st.Mode(), err)
 		}

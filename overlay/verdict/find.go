@@ -26,7 +26,6 @@ import (
 // looked for in the index of paths.
 func LoadFor(ctx context.Context, in Input, p *policy.Policy, words []string) (*World, [][]graph.ID, error) {
 	f := finder{in: in, dir: storeDir(in)}
-	defer f.close()
 	found := make([][]string, len(words))
 	var targets []string
 	for i, w := range words {
@@ -86,12 +85,6 @@ type finder struct {
 	in  Input
 	dir string
 	dbs []*nixdb.DB
-}
-
-func (f *finder) close() {
-	for _, db := range f.dbs {
-		_ = db.Close()
-	}
 }
 
 func (f *finder) open(ctx context.Context) error {

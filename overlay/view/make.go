@@ -119,13 +119,8 @@ func (t Table) has(m Mount) bool {
 
 // Inside reports whether the calling thread lives in the view of some keep.
 func Inside() (bool, error) {
-	t, err := table()
-	if err != nil {
-		return false, err
-	}
-	return slices.ContainsFunc(t, func(i *mountinfo.Info) bool {
-		return i.Mountpoint == layout.NixStore && i.FSType == "overlay" && strings.Contains(i.VFSOptions, "/k/store/upper")
-	}), nil
+	k, err := Of()
+	return k != nil, err
 }
 
 // Of is the keep in whose view the calling thread lives, by the mount itself: the

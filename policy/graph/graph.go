@@ -42,6 +42,11 @@ const (
 	Differs  // both stores have it, with other data: nothing of it is believed
 	Broken   // its row or its .drv cannot be read: nothing of it is believed
 
+	// Added: its content was fixed by a hash, it refers to nothing, and nobody tells of
+	// a build. It may be a source or a fixed output that came without its deriver
+	// (that is not known: see the kind); built-from takes it for a source.
+	Added
+
 	KindMask  = Source | Derivation | Output | FixedOutput
 	LayerMask = Lower | Upper
 )

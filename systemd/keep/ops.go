@@ -234,6 +234,8 @@ func (c *call) populate(epoch uint64) error {
 		{k.Upper(), 0o1775, 0, 0},
 		{k.Work(), 0o700, 0, 0},
 		{k.NixState(), 0o755, 0, 0},
+		// Readable, as Nix makes its own: the user asks it for verdicts.
+		{k.NixDB(), 0o755, 0, 0},
 		// Made now, so that a full keep can still be collected.
 		{k.NixState() + "/gc-socket", 0o755, 0, 0},
 		{k.NixState() + "/temproots", 0o755, 0, 0},
@@ -242,7 +244,8 @@ func (c *call) populate(epoch uint64) error {
 		{k.Builds(), 0o755, 0, 0},
 		{k.DaemonHome(), 0o700, 0, 0},
 		{k.Policy(), 0o700, u.UID, u.GID},
-		{k.Provenance(), 0o700, 0, 0},
+		// Root alone writes what the user reads: its files have the directory's group.
+		{k.Provenance(), 0o2750, 0, u.GID},
 		{k.Facts(), 0o700, 0, 0},
 		{k.Tmp(), 0o700, u.UID, u.GID},
 		{k.Home(""), 0o755, 0, 0},
@@ -257,7 +260,7 @@ func (c *call) populate(epoch uint64) error {
 		if err := os.Lchown(d.path, d.uid, d.gid); err != nil {
 			return err
 		}
-		if err := unix.Chmod(d.path, uint32(d.mode.Perm())|stickyBit(d.mode)); err != nil {
+		if err := unix.Chmod(d.path, uint32(d.mode.Perm())|specialBits(d.mode)); err != nil {
 			return err
 		}
 	}
@@ -270,12 +273,9 @@ func (c *call) populate(epoch uint64) error {
 	return c.writeInner(epoch)
 }
 
-func stickyBit(m os.FileMode) uint32 {
-	if m&0o1000 != 0 { // written in octal above, as chmod(2) reads it
-		return unix.S_ISVTX
-	}
-	return 0
-}
+// specialBits are those above the permissions: written in octal above, as chmod(2)
+// reads them, and not as os.FileMode has them.
+func specialBits(m os.FileMode) uint32 { return uint32(m) & (unix.S_ISVTX | unix.S_ISGID) }
 
 // writeInner pins the header and the epoch inside the volume, durably.
 func (c *call) writeInner(epoch uint64) error {

@@ -1,6 +1,7 @@
 package keep
 
 import (
+	"context"
 	"os"
 	"os/exec"
 	"os/user"
@@ -9,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -82,6 +84,52 @@ func (k *Keep) Exec(argv []string, asRoot bool) error {
 	return errorf(CodeUsage, argv[0], "run %q: %w", argv[0], err)
 }
 
+// InView returns an error unless this process lives in the whole view of this keep:
+// else what it writes into the keep would lie beneath it, in plaintext.
+func (k *Keep) InView() error {
+	inside, err := view.Inside()
+	if err != nil {
+		return err
+	}
+	if !inside {
+		return errorf(CodeLocked, k.Name, "this is not the view of keep %q", k.Name)
+	}
+	return k.wholeView()
+}
+
+// Command is argv as the keep's user would run it in the view, for a root process that
+// lives there already (Exec asRoot). It has a session and a process group of its own, so no way
+// to root's terminal, and all of the group is killed when ctx ends. Unless online, it
+// has no network, whatever it tries; Unix sockets by name, the daemon's among them, are there.
+func (k *Keep) Command(ctx context.Context, online bool, argv ...string) (*exec.Cmd, error) {
+	if err := requireRoot(); err != nil {
+		return nil, err
+	}
+	if err := k.InView(); err != nil {
+		return nil, err
+	}
+	u, err := user.Lookup(k.Header.User)
+	if err != nil {
+		return nil, errorf(CodeUsage, k.Header.User, "user %q: %w", k.Header.User, err)
+	}
+	uid, gid, groups, err := numbers(u)
+	if err != nil {
+		return nil, errorf(CodeInternal, u.Username, "user %q: %w", u.Username, err)
+	}
+	cred := &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}
+	for _, g := range groups {
+		cred.Groups = append(cred.Groups, uint32(g))
+	}
+	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
+	cmd.Env = runEnv(os.Environ(), k, u, false)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: cred, Setsid: true}
+	if !online {
+		cmd.SysProcAttr.Cloneflags = unix.CLONE_NEWNET // network_namespaces(7): an empty one
+	}
+	cmd.Cancel = func() error { return unix.Kill(-cmd.Process.Pid, unix.SIGKILL) }
+	return cmd, nil
+}
+
 // wholeView sees that every mount of the view is there, in the thread's namespace.
 func (k *Keep) wholeView() error {
 	u, err := k.Header.viewUser()
@@ -102,26 +150,29 @@ func (k *Keep) wholeView() error {
 	return nil
 }
 
-// becomeUser takes on the user's groups and ids, on this thread: it is the one
-// that execs.
-func becomeUser(u *user.User) error {
-	uid, err := strconv.Atoi(u.Uid)
-	if err != nil {
-		return err
+// numbers are a user's ids.
+func numbers(u *user.User) (uid, gid int, groups []int, err error) {
+	if uid, err = strconv.Atoi(u.Uid); err != nil {
+		return 0, 0, nil, err
 	}
-	gid, err := strconv.Atoi(u.Gid)
-	if err != nil {
-		return err
+	if gid, err = strconv.Atoi(u.Gid); err != nil {
+		return 0, 0, nil, err
 	}
 	ids, err := u.GroupIds()
-	if err != nil {
-		return err
-	}
-	groups := make([]int, 0, len(ids))
 	for _, s := range ids {
 		if n, err := strconv.Atoi(s); err == nil {
 			groups = append(groups, n)
 		}
+	}
+	return uid, gid, groups, err
+}
+
+// becomeUser takes on the user's groups and ids, on this thread: it is the one
+// that execs.
+func becomeUser(u *user.User) error {
+	uid, gid, groups, err := numbers(u)
+	if err != nil {
+		return err
 	}
 	if err := unix.Setgroups(groups); err != nil {
 		return err

@@ -213,17 +213,20 @@ const (
 	pinAgain = 3 * time.Second
 )
 
-// watchPins brings the pins up to date after every change of the keep's database.
+// watchPins brings the pins up to date after every change of the keep's database,
+// and records the origins of what is new.
 func (s *supervisor) watchPins(ctx context.Context) {
 	if err := os.Mkdir(s.k.NixDB(), 0o755); err != nil && !errors.Is(err, os.ErrExist) {
 		return
 	}
+	_ = os.Chmod(s.k.NixDB(), 0o755) // whatever our umask, as Nix itself would have made it
 	changes, err := nixdb.Watch(ctx, s.k.NixDB())
 	if err != nil {
 		return
 	}
 	<-changes // comes at once; start has done what it asks for
 	var again <-chan time.Time
+	origins := newOrigins(s.k)
 	for {
 		select {
 		case _, ok := <-changes:
@@ -247,6 +250,7 @@ func (s *supervisor) watchPins(ctx context.Context) {
 			s.changed.Store(true)
 			again = time.After(pinAgain)
 		}
+		origins.record(ctx)
 	}
 }
 

@@ -209,7 +209,7 @@ func (g *generator) hash() (h [32]byte) {
 // digest is a hash as a content address has it.
 func (g *generator) digest() string {
 	h := g.hash()
-	return base32(h[:])
+	return Base32(h[:])
 }
 
 // pick is an earlier derivation of this generation, one of the few that everything
@@ -252,7 +252,7 @@ func (s *Store) Fingerprint(p *Path) string {
 		refs[i] = StoreDir + s.Paths[r].Base
 	}
 	slices.Sort(refs)
-	b := fmt.Appendf(nil, "1;%s%s;sha256:%s;%d;", StoreDir, p.Base, base32(p.Hash[:]), p.NarSize)
+	b := fmt.Appendf(nil, "1;%s%s;sha256:%s;%d;", StoreDir, p.Base, Base32(p.Hash[:]), p.NarSize)
 	for i, r := range refs {
 		if i > 0 {
 			b = append(b, ',')
@@ -264,8 +264,8 @@ func (s *Store) Fingerprint(p *Path) string {
 
 const alphabet = "0123456789abcdfghijklmnpqrsvwxyz" // of Nix: no e o u t
 
-// base32 is Nix's: five bits a letter, from the last byte to the first.
-func base32(b []byte) string {
+// Base32 is Nix's: five bits a letter, from the last byte to the first.
+func Base32(b []byte) string {
 	n := (len(b)*8 + 4) / 5
 	out := make([]byte, n)
 	for i := range n {

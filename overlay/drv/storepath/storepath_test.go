@@ -109,7 +109,6 @@ func TestRealSources(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer db.Close()
 	n := 0
 	for p, err := range db.ValidPaths(t.Context()) {
 		if err != nil {

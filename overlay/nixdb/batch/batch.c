@@ -33,6 +33,7 @@ enum {
 	SQLITE_INTEGER = 1,
 	SQLITE_TEXT = 3,
 	SQLITE_OPEN_READONLY = 0x1,
+	SQLITE_OPEN_URI = 0x40,
 	SQLITE_OPEN_NOMUTEX = 0x8000,
 	SQLITE_LIMIT_LENGTH = 0,
 	SQLITE_DBCONFIG_DEFENSIVE = 1010,
@@ -43,8 +44,8 @@ enum {
 // SQLITE_TOOBIG before memory is taken for it.
 enum { LONGEST_ROW = 64 << 20 };
 
-int ok_open(const char *path, int busy_ms, sqlite3 **db) {
-	int rc = sqlite3_open_v2(path, db, SQLITE_OPEN_READONLY | SQLITE_OPEN_NOMUTEX, 0);
+int ok_open(const char *uri, int busy_ms, sqlite3 **db) {
+	int rc = sqlite3_open_v2(uri, db, SQLITE_OPEN_READONLY | SQLITE_OPEN_URI | SQLITE_OPEN_NOMUTEX, 0);
 	if (rc != SQLITE_OK)
 		return rc;
 	sqlite3_extended_result_codes(*db, 1);

@@ -17,6 +17,7 @@ import "C"
 
 import (
 	"fmt"
+	"net/url"
 	"time"
 	"unsafe"
 
@@ -40,10 +41,13 @@ const (
 
 // Result codes of SQLite (sqlite.org/rescode.html).
 const (
-	codeOK     = 0
-	CodeMisuse = 21
-	codeRow    = 100
-	codeDone   = 101
+	codeOK       = 0
+	CodeReadOnly = 8
+	CodeCantOpen = 14
+	CodeProtocol = 15
+	CodeMisuse   = 21
+	codeRow      = 100
+	codeDone     = 101
 )
 
 // Error is an error of SQLite. Its text never holds a value of a row.
@@ -57,10 +61,20 @@ func (e *Error) Error() string { return fmt.Sprintf("sqlite: %s (%d)", e.Message
 // Conn is a connection, for one goroutine at a time.
 type Conn struct{ db *C.sqlite3 }
 
-// Open opens a database read-only. A lock of another process is waited for as
-// long as busy says.
-func Open(path string, busy time.Duration) (*Conn, error) {
-	name := C.CString(path)
+// Open opens a database, given by its absolute path, read-only. A lock of another
+// process is waited for as long as busy says.
+//
+// With quiet, it is read-only for the WAL index, too, which then must exist: it
+// takes no exclusive lock, ever, and so makes nobody wait; but what only a
+// writer can mend is an error of the kind CodeReadOnly, that the next moment may
+// heal. SQLite maps the index once a process: as long as a quiet connection is
+// open, no other of this process can write to that database.
+func Open(path string, quiet bool, busy time.Duration) (*Conn, error) {
+	uri := url.URL{Scheme: "file", Path: path, RawQuery: "mode=ro"}
+	if quiet {
+		uri.RawQuery += "&readonly_shm=1"
+	}
+	name := C.CString(uri.String())
 	defer C.free(unsafe.Pointer(name))
 	c := &Conn{}
 	if rc := C.ok_open(name, C.int(busy.Milliseconds()), &c.db); rc != codeOK {

@@ -20,7 +20,7 @@ typedef struct {
 
 enum { OK_TOO_LONG = 6 };
 
-int ok_open(const char *path, int busy_ms, sqlite3 **db);
+int ok_open(const char *uri, int busy_ms, sqlite3 **db);
 int ok_prepare(sqlite3 *db, const char *sql, int len, int columns, sqlite3_stmt **stmt);
 int ok_bind_int(sqlite3_stmt *stmt, int n, int64_t v);
 int ok_bind_text(sqlite3_stmt *stmt, int n, const char *text, int len);
