@@ -255,10 +255,10 @@ func (s *sight) remarks(a *app, w *verdict.World) {
 // standing says from where the stores are looked at.
 func (s *sight) standing(a *app) {
 	if s.only != "" && len(s.dbs) == 0 {
-		a.ui.note("this is the system store alone: %s", s.only)
+		a.ui.caveat("this is the system store alone: %s", s.only)
 	}
 	if len(s.sources) == 0 {
-		a.ui.note("there is no policy, so everything is personal; make one: %s", a.here().command("policy", "init"))
+		a.ui.caveat("there is no policy, so everything is personal; make one: %s", a.here().command("policy", "init"))
 	}
 }
 

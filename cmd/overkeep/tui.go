@@ -6,7 +6,8 @@ package main
 //   - Standard output carries the result, once, when the command is done: text,
 //     or with --json one JSON object. A command that failed leaves it empty.
 //   - Standard error carries progress, notes, and errors (with --json one JSON
-//     object). Progress and notes show only on a terminal and without --quiet.
+//     object). Progress and notes show only on a terminal and without --quiet; a
+//     caveat, without which the result would be misread, always but for --quiet.
 //   - Questions, and every secret that is shown, go to /dev/tty and nowhere
 //     else, so that no redirection catches them. Without a terminal a question
 //     is an error that names the flag to give instead.
@@ -114,6 +115,16 @@ func (u *ui) done(r report) error {
 // note is advice: it is not part of the result.
 func (u *ui) note(format string, a ...any) {
 	if u.quiet || u.json || !u.errTTY {
+		return
+	}
+	u.endProgress()
+	fmt.Fprintf(u.err, "overkeep: "+format+"\n", a...)
+}
+
+// caveat is advice without which the result would be misread: it shows also where
+// standard error is no terminal, and where the result is JSON.
+func (u *ui) caveat(format string, a ...any) {
+	if u.quiet {
 		return
 	}
 	u.endProgress()
