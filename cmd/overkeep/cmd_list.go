@@ -96,6 +96,9 @@ func runList(ctx context.Context, a *app, o listOptions) error {
 	}
 	defer w.Close()
 	o.sight.remarks(a, w)
+	if a.ui.json && o.sight.only != "" && len(o.sight.dbs) == 0 && !a.ui.quiet {
+		fmt.Fprintf(a.ui.err, "overkeep: this is the system store alone: %s\n", o.sight.only) // the JSON is paths alone
+	}
 	v, err := settled(ctx, func() *policy.Verdicts { return w.Decide(p) })
 	if err != nil {
 		return err

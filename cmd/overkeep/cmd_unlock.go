@@ -2,6 +2,9 @@ package main
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
+	"os/exec"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -12,6 +15,7 @@ import (
 type unlockOptions struct {
 	keep   string
 	auth   authFlags
+	strict bool
 	dryRun bool
 }
 
@@ -28,7 +32,8 @@ the user's own serves it. Nothing shows outside of the view. Opening an open
 keep does nothing.
 
 Without flags the passphrase is asked for. Other ways are a key file and the
-recovery key. When a step fails, the keep is locked again.`,
+recovery key. When a step fails, the keep is locked again. With --strict that
+holds for the policy, too: a mistake in it, or a require line that does not hold.`,
 		Example: `  sudo overkeep unlock
   sudo overkeep unlock work --identity /home/alice/.ssh/id_ed25519
   sudo overkeep unlock --recovery
@@ -40,8 +45,9 @@ recovery key. When a step fails, the keep is locked again.`,
 			o.keep = first(args)
 			return runUnlock(cmd.Context(), a, o)
 		},
-	}, exitWrongKey, exitTampered, exitUnsupported, exitNoKeep, exitNotRoot, exitInUse, exitMountPoint)
+	}, exitWrongKey, exitTampered, exitUnsupported, exitNoKeep, exitNotRoot, exitInUse, exitMountPoint, exitPolicy, exitRequire)
 	o.auth.add(a, cmd)
+	cmd.Flags().BoolVar(&o.strict, "strict", false, "lock again unless \"policy check\" finds every requirement to hold")
 	dryRunFlag(cmd, &o.dryRun)
 	return cmd
 }
@@ -52,7 +58,7 @@ func runUnlock(ctx context.Context, a *app, o unlockOptions) error {
 		return err
 	}
 	if o.dryRun {
-		s, err := unlockSteps(a, k)
+		s, err := unlockSteps(a, k, o.strict)
 		if err != nil {
 			return err
 		}
@@ -76,8 +82,54 @@ func runUnlock(ctx context.Context, a *app, o unlockOptions) error {
 		if err != nil {
 			return err
 		}
+		if o.strict {
+			if err := strictly(ctx, a, k); err != nil {
+				return err
+			}
+		}
 		return a.ui.done(unlockDone{r, a.here().command("shell", k.Name)})
 	})
+}
+
+// strictly has the policy checked in the view that was just opened, and locks the keep
+// if it does not hold or cannot be checked.
+func strictly(ctx context.Context, a *app, k *keep.Keep) error {
+	a.ui.progress("checking the policy")
+	var out, msg strings.Builder
+	c := exec.CommandContext(ctx, a.exe, "policy", "check", "--keep", k.Name, "--root", k.Root, "--json")
+	c.Stdout, c.Stderr = &out, &msg
+	err := c.Run()
+	if err == nil {
+		return nil
+	}
+	e := strictError(err, out.String(), msg.String())
+	if _, lerr := k.Lock(context.WithoutCancel(ctx), keep.LockRefuse); lerr != nil {
+		return errors.Join(lerr, e)
+	}
+	e.Message += "; keep \"" + k.Name + "\" is locked again"
+	return e
+}
+
+// strictError says what a policy check that did not succeed found.
+func strictError(err error, out, msg string) *keep.Error {
+	var exit *exec.ExitError
+	var found struct {
+		Broken []brokenLine `json:"broken"`
+	}
+	if errors.As(err, &exit) && exit.ExitCode() == exitRequire && json.Unmarshal([]byte(out), &found) == nil {
+		var lines []string
+		for _, b := range found.Broken {
+			lines = append(lines, b.String())
+		}
+		return &keep.Error{Code: codeRequire, Message: "the policy does not hold: " + strings.Join(lines, ", ")}
+	}
+	var said struct {
+		Error problem `json:"error"`
+	}
+	if json.Unmarshal([]byte(msg), &said) == nil && said.Error.Code != "" {
+		return &keep.Error{Code: said.Error.Code, Name: said.Error.Name, Message: said.Error.Message}
+	}
+	return &keep.Error{Code: keep.CodeInternal, Message: "the policy cannot be checked: " + err.Error()}
 }
 
 // unlockDone is the result of unlock.
@@ -96,7 +148,7 @@ func (r unlockDone) print(p *page) {
 }
 
 // unlockSteps is the dry run.
-func unlockSteps(a *app, k *keep.Keep) (steps, error) {
+func unlockSteps(a *app, k *keep.Keep, strict bool) (steps, error) {
 	r, err := k.Render()
 	if err != nil {
 		return steps{}, err
@@ -118,5 +170,8 @@ func unlockSteps(a *app, k *keep.Keep) (steps, error) {
 	}
 	add("mount, in the view:", mounts...)
 	add("start the personal nix-daemon, with the store", strings.TrimSpace(r.Store))
+	if strict {
+		add("check the policy in the view, and lock the keep again if it does not hold")
+	}
 	return s, nil
 }

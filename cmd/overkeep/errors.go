@@ -186,6 +186,12 @@ func remedies(e *keep.Error, h here) []remedy {
 		h.sudo = true
 		return []remedy{{"The same as root:", h.again()}}
 
+	case codeRequire, codePolicy: // of unlock --strict
+		return []remedy{
+			{"Open it all the same:", h.command(deleteWord(h.line, "--strict")...)},
+			{"And see what is wrong:", h.command("policy", "check", "--keep", k)},
+		}
+
 	case keep.CodeNoKeep:
 		switch {
 		case slices.Contains(h.keeps, e.Name): // its directory is there

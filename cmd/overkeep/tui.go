@@ -122,9 +122,9 @@ func (u *ui) note(format string, a ...any) {
 }
 
 // caveat is advice without which the result would be misread: it shows also where
-// standard error is no terminal, and where the result is JSON.
+// standard error is no terminal. In JSON the result itself says it.
 func (u *ui) caveat(format string, a ...any) {
-	if u.quiet {
+	if u.quiet || u.json {
 		return
 	}
 	u.endProgress()

@@ -70,7 +70,8 @@ func TestOnRealMachines(t *testing.T) {
 				{"origins by themselves", passive},
 				{"origins when asked", active},
 				{"safety", safety},
-				{"locked", locked}, // last: it locks
+				{"locked", locked}, // late: it locks
+				{"unlock --strict", strict},
 			} {
 				if !t.Run(part.name, func(t *testing.T) { part.f(t, w) }) {
 					return // what follows builds on it
@@ -375,4 +376,27 @@ func locked(t *testing.T, w *world) {
 	if out, err := w.Run("root", "find /run/overkeep/alice/k -mindepth 1"); err == nil && out != "" {
 		t.Errorf("beneath the view lies %s", out)
 	}
+}
+
+// unlock --strict opens the keep only if every requirement holds.
+func strict(t *testing.T, w *world) {
+	open := func() bed.Result {
+		return w.Overkeep(t, fixture.Passphrase, "unlock", "alice", "--strict", "--passphrase-fd", "0")
+	}
+	for _, bad := range []struct {
+		line, says string
+		code       int
+	}{{"personal name \"init\"\n", "require system boot (policy:8)", 20}, {"sytem boot\n", policyFile + ":9:1", 19}} {
+		w.policy(t, bad.line)
+		if r := open(); r.Code != bad.code || !strings.Contains(r.Stderr, bad.says) || !strings.Contains(r.Stderr, "locked again") {
+			t.Errorf("%q: %+v", bad.line, r)
+		}
+		w.policy(t, "")
+		w.MustOverkeep(t, 3, "", "list", "--keep", "alice")
+	}
+	if r := open(); r.Code != 0 {
+		t.Errorf("%+v", r)
+	}
+	w.MustOverkeep(t, 0, "", "why", "--keep", "alice", w.payroll)
+	w.Lock(t)
 }
