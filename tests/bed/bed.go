@@ -276,7 +276,7 @@ func (m *Machine) released() error {
 			return err
 		}
 		waited := time.Since(start)
-		if waited > patience {
+		if waited > 5*patience { // gigabytes may have to be written back first
 			return fmt.Errorf("the disk is still in use by %v", devs)
 		}
 		if waited > grace {
