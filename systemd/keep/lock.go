@@ -41,6 +41,7 @@ type LockResult struct {
 // Times of the lock. They bound waiting; none is a condition for success.
 const (
 	keyGrace    = 2 * time.Second        // for files that the kernel is still evicting after an unmount
+	workerGrace = 20 * time.Second       // for a worker of the daemon's whose client has gone
 	kernelGrace = 5 * time.Second        // for what no process holds
 	killGrace   = 5 * time.Second        // between SIGTERM and SIGKILL
 	answerGrace = 30 * time.Second       // for the system's nix-daemon
@@ -168,8 +169,12 @@ func opClose(ctx context.Context, c *call) (any, error) {
 	// A look before anything is changed, so that a refusal changes nothing.
 	if c.Locking == LockRefuse {
 		hs := l.holders(ctx, l.own())
-		for until := time.Now().Add(keyGrace); len(hs) > 0 && l.workersOnly(hs) && time.Now().Before(until); {
-			// A worker outlives its client by a moment; one that builds does not go.
+		// A worker outlives its client, on a busy machine by seconds; one that builds for
+		// a client does not go.
+		for began := time.Now(); len(hs) > 0 && l.workersOnly(hs) && time.Since(began) < workerGrace; {
+			if time.Since(began) > keyGrace && slices.ContainsFunc(hs, hasClient) {
+				break
+			}
 			if err := sleep(ctx, lookAgain); err != nil {
 				return nil, err
 			}
@@ -429,6 +434,17 @@ func (l *locker) own() map[int]bool {
 		own[c] = true // the daemon; its workers are children of its own
 	}
 	return own
+}
+
+// hasClient reports whether the client of a worker may still be there: Nix's daemon
+// writes its process id behind the name of the worker (daemon.cc), 0 if it has none here.
+func hasClient(h holder.Holder) bool {
+	f := strings.Fields(h.Command)
+	if len(f) < 2 {
+		return false // just ending
+	}
+	pid, err := strconv.Atoi(f[len(f)-1])
+	return err != nil || pid == 0 || unix.Kill(pid, 0) != unix.ESRCH
 }
 
 // workersOnly reports whether all holders are children of our idle daemon, or
