@@ -192,14 +192,6 @@ func clip(s string, n int) string {
 	return string(r[:n-1]) + "…"
 }
 
-// yesNo in words.
-func yesNo(b bool) string {
-	if b {
-		return "yes"
-	}
-	return "no"
-}
-
 // steps is the report of --dry-run: what would be done, in order.
 type steps struct {
 	DryRun bool   `json:"dry_run"`

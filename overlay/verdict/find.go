@@ -44,15 +44,16 @@ func LoadFor(ctx context.Context, in Input, p *policy.Policy, words []string) (*
 		}
 		need.Roots = append(need.Roots, paths...)
 	}
-	r := roots.Resolver{Root: in.Root, StoreDir: f.dir}
-	for _, target := range p.Roots() {
-		if res, err := r.Resolve(target); err == nil { // else unknown, and told once they are resolved for good
-			for _, b := range res.Bases {
-				need.Roots = append(need.Roots, f.dir+"/"+b)
-			}
+	closures, err := resolve(ctx, in, []*policy.Policy{p})
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, c := range closures {
+		for _, b := range c.found.Bases { // none where it could not be resolved
+			need.Roots = append(need.Roots, f.dir+"/"+b)
 		}
 	}
-	w, err := load(ctx, in, []*policy.Policy{p}, func(o facts.Options) (*facts.Snapshot, error) {
+	w, err := load(ctx, in, []*policy.Policy{p}, closures, func(o facts.Options) (*facts.Snapshot, error) {
 		l, err := facts.LoadFor(ctx, in.Stores, targets, need, o)
 		if errors.Is(err, facts.ErrMany) {
 			return facts.Open(ctx, in.Stores, o)

@@ -19,37 +19,55 @@ import (
 	"overkeep/policy/graph"
 )
 
-// addRoots resolves what closure-of names on disk. What cannot be resolved stays
-// unknown; policy.Report says so.
-func (w *World) addRoots(ctx context.Context, in Input, policies []*policy.Policy) error {
-	w.Graph.Roots = map[string]graph.Root{}
+// closure is what a closure-of target leads to on disk.
+type closure struct {
+	target string
+	found  roots.Result
+	err    error // why it is unknown
+}
+
+// resolve follows the closure-of targets of the policies, each once. Its own error is
+// ctx's.
+func resolve(ctx context.Context, in Input, policies []*policy.Policy) (out []closure, err error) {
 	r := roots.Resolver{Root: in.Root, StoreDir: in.StoreDir}
+	done := map[string]bool{}
 	for _, p := range policies {
 		for _, target := range p.Roots() {
-			if _, done := w.Graph.Roots[target]; done {
+			if done[target] {
 				continue
 			}
+			done[target] = true
 			if err := ctx.Err(); err != nil {
-				return err
+				return nil, err
 			}
 			found, err := r.Resolve(target)
-			if err == nil {
-				var root graph.Root
-				root, err = found.Graph(func(base string) (graph.ID, bool) {
-					id := w.Index.Base([]byte(base))
-					return id, id != graph.NoID
-				})
-				w.Graph.Roots[target] = root
-			}
-			if err != nil {
-				w.note("closure-of is unknown: %v", err)
-			}
-			if found.Anyone || len(found.Writers) > 0 {
-				w.note("closure-of %s: others than root decide where it leads (%s)", target, writers(found))
-			}
+			out = append(out, closure{target, found, err})
 		}
 	}
-	return nil
+	return out, nil
+}
+
+// addRoots tells the graph where the targets lead. What could not be resolved stays
+// unknown; policy.Report says so.
+func (w *World) addRoots(closures []closure) {
+	w.Graph.Roots = map[string]graph.Root{}
+	for _, c := range closures {
+		err := c.err
+		if err == nil {
+			var root graph.Root
+			root, err = c.found.Graph(func(base string) (graph.ID, bool) {
+				id := w.Index.Base([]byte(base))
+				return id, id != graph.NoID
+			})
+			w.Graph.Roots[c.target] = root
+		}
+		if err != nil {
+			w.note("closure-of is unknown: %v", err)
+		}
+		if c.found.Anyone || len(c.found.Writers) > 0 {
+			w.note("closure-of %s: others than root decide where it leads (%s)", c.target, writers(c.found))
+		}
+	}
 }
 
 func writers(r roots.Result) string {

@@ -79,10 +79,14 @@ func (w *World) Decide(p *policy.Policy) *policy.Verdicts { return w.Engine.Deci
 // Load loads all paths, and of the facts what any of the policies needs. Close the
 // World. Errors are those of package facts, and *os.PathError.
 func Load(ctx context.Context, in Input, policies ...*policy.Policy) (*World, error) {
-	return load(ctx, in, policies, func(o facts.Options) (*facts.Snapshot, error) { return facts.Open(ctx, in.Stores, o) })
+	closures, err := resolve(ctx, in, policies)
+	if err != nil {
+		return nil, err
+	}
+	return load(ctx, in, policies, closures, func(o facts.Options) (*facts.Snapshot, error) { return facts.Open(ctx, in.Stores, o) })
 }
 
-func load(ctx context.Context, in Input, policies []*policy.Policy, open func(facts.Options) (*facts.Snapshot, error)) (_ *World, err error) {
+func load(ctx context.Context, in Input, policies []*policy.Policy, closures []closure, open func(facts.Options) (*facts.Snapshot, error)) (_ *World, err error) {
 	w := &World{}
 	o := facts.Options{StoreDir: in.StoreDir}
 	var memory *signature.Memory
@@ -123,9 +127,7 @@ func load(ctx context.Context, in Input, policies []*policy.Policy, open func(fa
 			w.note("signatures could not be remembered: %v", err)
 		}
 	}
-	if err := w.addRoots(ctx, in, policies); err != nil {
-		return nil, err
-	}
+	w.addRoots(closures)
 	if err := w.addOrigins(in, policies); err != nil {
 		return nil, err
 	}
