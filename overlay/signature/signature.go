@@ -48,14 +48,8 @@ const (
 // ErrKey: a key that cannot be declared.
 var ErrKey = errors.New("not a public key")
 
-// Key is a declared key.
-type Key struct {
-	Name   string // what stands before the colon
-	Public ed25519.PublicKey
-}
-
-// String is the key as in nix.conf's trusted-public-keys.
-func (k Key) String() string { return k.Name + ":" + base64.StdEncoding.EncodeToString(k.Public) }
+// Key is a declared key, as a policy has it.
+type Key = policy.Key
 
 // ParseKey reads NAME:BASE64, as nix.conf's trusted-public-keys. Keys of small
 // order (all zeros is one) are refused, as libsodium refuses them, and with it
@@ -79,7 +73,7 @@ func ParseKey(s string) (Key, error) {
 	case policy.WeakKey(b):
 		return Key{}, fmt.Errorf("%w: under %.200q anybody can sign", ErrKey, s)
 	}
-	return Key{name, b}, nil
+	return Key{Name: name, Public: b}, nil
 }
 
 // Facts is what is signed of a path, and the signatures: a row of the database.

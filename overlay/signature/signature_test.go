@@ -71,7 +71,7 @@ func tester(n int) (Key, ed25519.PrivateKey) {
 	seed := make([]byte, ed25519.SeedSize)
 	seed[0], seed[1] = byte(n), byte(n>>8)
 	priv := ed25519.NewKeyFromSeed(seed)
-	return Key{fmt.Sprintf("test-%d", n), priv.Public().(ed25519.PublicKey)}, priv
+	return Key{Name: fmt.Sprintf("test-%d", n), Public: priv.Public().(ed25519.PublicKey)}, priv
 }
 
 func signature(name string, priv ed25519.PrivateKey, f Facts) string {
@@ -319,7 +319,7 @@ func TestSmallOrder(t *testing.T) {
 			if _, err := ParseKey("x:" + base64.StdEncoding.EncodeToString(key)); !errors.Is(err, ErrKey) {
 				t.Errorf("%x: %v", key, err)
 			}
-			if _, err := New(dir, []Key{{"x", key}}, nil); !errors.Is(err, ErrKey) {
+			if _, err := New(dir, []Key{{Name: "x", Public: key}}, nil); !errors.Is(err, ErrKey) {
 				t.Errorf("%x: %v", key, err)
 			}
 		}
@@ -359,7 +359,7 @@ func TestNewRefuses(t *testing.T) {
 	if _, err := New(dir, make([]Key, MaxKeys+1), nil); err == nil {
 		t.Error("too many keys")
 	}
-	if _, err := New(dir, []Key{{"short", k.Public[1:]}}, nil); !errors.Is(err, ErrKey) {
+	if _, err := New(dir, []Key{{Name: "short", Public: k.Public[1:]}}, nil); !errors.Is(err, ErrKey) {
 		t.Error(err)
 	}
 }

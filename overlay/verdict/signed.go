@@ -28,14 +28,13 @@ func newVerifier(storeDir string, keys []policy.Key, memory *signature.Memory) (
 	var bits [][]int
 next:
 	for i, k := range keys {
-		key := signature.Key{Name: k.Name, Public: k.Public}
 		for s := range sets {
 			if !named(sets[s], k.Name) {
-				sets[s], bits[s] = append(sets[s], key), append(bits[s], i)
+				sets[s], bits[s] = append(sets[s], k), append(bits[s], i)
 				continue next
 			}
 		}
-		sets, bits = append(sets, []signature.Key{key}), append(bits, []int{i})
+		sets, bits = append(sets, []signature.Key{k}), append(bits, []int{i})
 	}
 	for s := range sets {
 		v, err := signature.New(storeDir, sets[s], memory)
