@@ -145,8 +145,10 @@ func (s *scrubber) look(ctx context.Context) (hits int, err error) {
 		kind := "exclusive"
 		if s.mode == "wal" {
 			kind = "immediate"
-			if _, all, err := s.checkpoint(ctx, s.a, "restart"); err != nil || !all {
-				return 0, errors.Join(err, s.busy())
+			if _, all, err := s.checkpoint(ctx, s.a, "restart"); err != nil {
+				return 0, err
+			} else if !all {
+				return 0, s.busy()
 			}
 		}
 		err := s.locked(ctx, kind, func() error {
@@ -184,7 +186,7 @@ func (s *scrubber) look(ctx context.Context) (hits int, err error) {
 // each index that has the column. No row of Nix is so long that a name in it would
 // be cut by the end of a page.
 func (s *scrubber) live(ctx context.Context) (n int, err error) {
-	tables, err := s.texts(ctx, "select name from sqlite_master where type = 'table' and rootpage > 0")
+	tables, err := s.texts(ctx, "select name from sqlite_master where type = 'table' and rootpage > 0 union all select 'sqlite_master'")
 	if err != nil {
 		return 0, err
 	}
@@ -303,35 +305,42 @@ func (s *scrubber) wal(ctx context.Context) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if _, all, err := s.checkpoint(ctx, s.a, "restart"); err != nil || !all {
-			return errors.Join(err, s.busy())
+		if _, all, err := s.checkpoint(ctx, s.a, "restart"); err != nil {
+			return err
+		} else if !all {
+			return s.busy()
 		}
-		// The first to write after that begins at the front of the WAL.
+		// The first to write after that begins at the front of the WAL, with other
+		// salts in its header: no frame of before counts any more.
+		before, err := s.salts()
+		if err != nil {
+			return err
+		}
 		if err := s.touch(ctx); err != nil {
 			return err
 		}
-		clean := true
-		err := s.locked(ctx, "immediate", func() error {
-			frames, all, err := s.checkpoint(ctx, s.b, "passive")
-			if err != nil || !all {
-				clean = false
+		anew := false
+		err = s.locked(ctx, "immediate", func() error {
+			after, err := s.salts()
+			if err != nil || after == before {
 				return err
 			}
+			frames, _, err := s.checkpoint(ctx, s.b, "passive")
+			if err != nil {
+				return err
+			}
+			anew = true
 			var size int64
 			if err := s.a.QueryRowContext(ctx, "pragma page_size").Scan(&size); err != nil {
 				return err
 			}
 			const header, frameHeader = 32, 24
-			used := header + frames*(frameHeader+size)
-			if clean, err = s.cleanTo(ctx, s.abs+"-wal", used); err != nil || !clean {
-				return err
-			}
-			return s.blank(ctx, s.abs+"-wal", used)
+			return s.blank(ctx, s.abs+"-wal", header+max(0, frames)*(frameHeader+size))
 		})
 		if err != nil {
 			return err
 		}
-		if clean {
+		if anew {
 			break
 		}
 		if time.Now().After(s.deadline) {
@@ -363,17 +372,18 @@ func (s *scrubber) touch(ctx context.Context) error {
 	return err
 }
 
-// cleanTo reports whether the first n bytes of a file hold none of the names. Files
-// beside the database have no locks that closing them could drop.
-func (s *scrubber) cleanTo(ctx context.Context, name string, n int64) (bool, error) {
-	f, err := os.Open(name)
+// salts are what tells the frames of a WAL from those of before. Files beside the
+// database have no locks that closing them could drop.
+func (s *scrubber) salts() (salts [8]byte, err error) {
+	f, err := os.Open(s.abs + "-wal")
 	if err != nil {
-		return errors.Is(err, fs.ErrNotExist), ignore(err, fs.ErrNotExist)
+		return salts, ignore(err, fs.ErrNotExist)
 	}
 	defer f.Close()
-	clean := true
-	err = s.set.Stream(ctx, io.NewSectionReader(f, 0, n), func(int, int64) { clean = false })
-	return clean, err
+	if _, err = f.ReadAt(salts[:], 16); errors.Is(err, io.EOF) {
+		return [8]byte{}, nil // empty
+	}
+	return salts, err
 }
 
 func ignore(err, what error) error {
