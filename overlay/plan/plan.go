@@ -44,7 +44,8 @@ type Move struct {
 	NarSize int64  `json:"nar_size"` // bytes
 
 	// Unit numbers the units of a plan from 0, in the order of the moves. The moves of
-	// a unit are neighbours; who carries a plan out must not stop between them.
+	// a unit are neighbours; who carries a plan out must not stop between them. A
+	// blocked path has NoUnit.
 	Unit int `json:"unit"`
 
 	// Duplicate: both stores have the path, with the same data. Sealing it removes the
@@ -117,7 +118,7 @@ const (
 type Blocked struct {
 	Move
 	Why BlockWhy `json:"why"`
-	By  string   `json:"by"` // the root's Link, or a path
+	By  string   `json:"by,omitempty"` // the root's Link, or a path; "" where it is the path itself
 
 	// Via is the path that passes it on, itself blocked by the same: of a seal one that
 	// refers to this one, of a release one that this one refers to. "": directly. Ways
