@@ -171,6 +171,9 @@ func TestInvariants(t *testing.T) {
 // untrue says why a blocked path's reason is none.
 func untrue(in Input, g *graph.Graph, ids map[string]graph.ID, state map[graph.ID]string, blocked map[graph.ID]Blocked, b Blocked) string {
 	id := ids[b.Path]
+	if b.Kind == Release && b.Why == BlockedNeeds && b.Duplicate {
+		return "the system store has it already"
+	}
 	refers := func(a, to graph.ID) bool { return slices.Contains(g.References(a), to) }
 	if b.Via != "" {
 		via, ok := blocked[ids[b.Via]]
