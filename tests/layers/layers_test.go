@@ -23,7 +23,7 @@ var arrows = map[string][]string{
 var guarded = map[string][]string{
 	"golang.org/x/sys/unix": {
 		"cmd/...", "crypt/crashpoint", "crypt/secret", "crypt/slot", "crypt/volume",
-		"overlay/holder", "overlay/lower", "overlay/nixdb", "overlay/pins", "overlay/provenance", "overlay/roots",
+		"overlay/gcroot", "overlay/holder", "overlay/lower", "overlay/nixdb", "overlay/pins", "overlay/provenance", "overlay/roots",
 		"overlay/signature", "overlay/verdict", "overlay/view",
 		"systemd/doctor", "systemd/keep", "tests/...",
 	},
