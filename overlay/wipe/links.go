@@ -31,7 +31,7 @@ func (w *wiper) dropLinks(parent *os.File, names []string) error {
 		return nil
 	}
 	lost := map[uint64]bool{}
-	if err := w.each(parent, names, func(dir int, name string, st *unix.Stat_t) error {
+	if err := w.each(parent, names, func(dir int, name string, st *unix.Stat_t, _ bool) error {
 		return w.dropLink(dir, name, st, lost)
 	}); err != nil {
 		return err

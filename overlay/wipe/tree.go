@@ -8,6 +8,7 @@ import (
 	"math"
 	"os"
 	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -61,6 +62,10 @@ func Trees(ctx context.Context, parent *os.File, names []string, o Options) (r R
 		func() error { return w.dropLinks(parent, names) },
 		func() error { return w.each(parent, names, w.overwrite) },
 		func() error { return w.sync(parent, w.r.Files > 0) },
+		// Names before directories, with a sync between: the blocks of a directory that
+		// is removed are not written any more, and would keep what they held.
+		func() error { return w.each(parent, names, w.unlink) },
+		func() error { return w.sync(parent, w.unlinked) },
 		func() error { return w.each(parent, names, w.remove) },
 	} {
 		if err := pass(); err != nil {
@@ -88,14 +93,18 @@ type wiper struct {
 	block  int64
 	ext4   bool
 	inodes map[uint64]*inode
+
+	moved    int  // directories that got another name
+	unlinked bool // a name in a directory of the trees
 }
 
-// visit is called for every entry of a tree, for a directory after all in it.
-type visit func(dir int, name string, st *unix.Stat_t) error
+// visit is called for every entry of a tree, for a directory after all in it. At the
+// top it is an entry of the parent.
+type visit func(dir int, name string, st *unix.Stat_t, top bool) error
 
 func (w *wiper) each(parent *os.File, names []string, v visit) error {
 	for _, n := range names {
-		if n == "" || n == "." || n == ".." {
+		if n == "" || n == "." || n == ".." || strings.ContainsAny(n, "/\x00") {
 			return quoted("wipe", n, unix.EINVAL)
 		}
 		if err := w.walk(int(parent.Fd()), n, -1, 0, v); err != nil {
@@ -106,8 +115,8 @@ func (w *wiper) each(parent *os.File, names []string, v visit) error {
 }
 
 const (
-	deepest = 64          // directories that are open at a time; deeper ones are moved up
-	movedUp = ".moved-%d" // names of those
+	deepest   = 64          // directories that are open at a time; deeper ones are moved up
+	movedName = ".moved-%d" // names of those, and of all before they are removed
 )
 
 // walk goes through the entry name of dir. top is the descriptor of the tree's first
@@ -124,7 +133,7 @@ func (w *wiper) walk(dir int, name string, top, depth int, v visit) error {
 		return quoted("wipe", name, unix.EXDEV)
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFDIR {
-		return v(dir, name, &st)
+		return v(dir, name, &st, depth == 0)
 	}
 	fd, err := w.open(dir, name, unix.O_RDONLY|unix.O_DIRECTORY)
 	if err != nil {
@@ -137,7 +146,7 @@ func (w *wiper) walk(dir int, name string, top, depth int, v visit) error {
 	if err := w.entries(fd, top, depth, v); err != nil {
 		return err
 	}
-	return v(dir, name, &st)
+	return v(dir, name, &st, depth == 0)
 }
 
 // entries walks what is in a directory. A tree may be deeper than there are
@@ -157,7 +166,7 @@ func (w *wiper) entries(fd, top, depth int, v visit) error {
 			}
 			seen[n] = true
 			if depth+1 >= deepest {
-				if moved, err := w.moveUp(fd, n, top); err != nil {
+				if moved, err := w.move(fd, n, top); err != nil {
 					return err
 				} else if moved {
 					continue
@@ -172,7 +181,8 @@ func (w *wiper) entries(fd, top, depth int, v visit) error {
 	return nil
 }
 
-func (w *wiper) moveUp(fd int, name string, top int) (moved bool, err error) {
+// move gives a directory a name that says nothing, in directory to.
+func (w *wiper) move(fd int, name string, to int) (moved bool, err error) {
 	var st unix.Stat_t
 	if err := unix.Fstatat(fd, name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 		return false, gone(quoted("stat", name, err))
@@ -180,18 +190,21 @@ func (w *wiper) moveUp(fd int, name string, top int) (moved bool, err error) {
 	if st.Mode&unix.S_IFMT != unix.S_IFDIR {
 		return false, nil
 	}
-	for _, d := range []int{fd, top} {
+	for _, d := range []int{fd, to} {
 		if err := w.permit(d, true); err != nil {
 			return false, err
 		}
 	}
-	for i := 0; ; i++ {
-		err := unix.Renameat2(fd, name, top, fmt.Sprintf(movedUp, i), unix.RENAME_NOREPLACE)
+	for {
+		err := unix.Renameat2(fd, name, to, fmt.Sprintf(movedName, w.moved), unix.RENAME_NOREPLACE)
 		switch {
-		case errors.Is(err, unix.EEXIST), errors.Is(err, unix.EINTR):
+		case errors.Is(err, unix.EEXIST):
+			w.moved++
+		case errors.Is(err, unix.EINTR):
 		case err != nil:
 			return false, quoted("rename", name, err)
 		default:
+			w.moved++
 			return true, nil
 		}
 	}
@@ -270,7 +283,7 @@ func (w *wiper) permit(fd int, dir bool) error {
 }
 
 // survey makes everything changeable and counts the names that files have in here.
-func (w *wiper) survey(dir int, name string, st *unix.Stat_t) error {
+func (w *wiper) survey(dir int, name string, st *unix.Stat_t, top bool) error {
 	kind := st.Mode & unix.S_IFMT
 	if (kind == unix.S_IFREG || kind == unix.S_IFLNK) && st.Nlink > 1 {
 		if w.inodes[st.Ino] == nil {
@@ -301,7 +314,7 @@ func (w *wiper) sync(at *os.File, needed bool) error {
 }
 
 // overwrite writes zeros over what a file has on the device, unless it is shared.
-func (w *wiper) overwrite(dir int, name string, st *unix.Stat_t) error {
+func (w *wiper) overwrite(dir int, name string, st *unix.Stat_t, top bool) error {
 	kind, i := st.Mode&unix.S_IFMT, w.inodes[st.Ino]
 	if kind != unix.S_IFREG && kind != unix.S_IFLNK || i != nil && i.done {
 		return nil
@@ -412,21 +425,23 @@ func seek(fd int, at int64, whence int) (int64, error) {
 // (fs/ext4/namei.c, ext4_symlink).
 const longLink = 60
 
-func (w *wiper) remove(dir int, name string, st *unix.Stat_t) error {
-	flags := 0
+// unlink removes what is no directory; a directory below the top gets a name that says
+// nothing.
+func (w *wiper) unlink(dir int, name string, st *unix.Stat_t, top bool) error {
+	w.unlinked = w.unlinked || !top
 	if st.Mode&unix.S_IFMT == unix.S_IFDIR {
-		flags = unix.AT_REMOVEDIR
+		var n int
+		if _, err := fmt.Sscanf(name, movedName, &n); top || err == nil && name == fmt.Sprintf(movedName, n) {
+			return nil
+		}
+		_, err := w.move(dir, name, dir)
+		return err
 	}
-	err := retry(func() error { return unix.Unlinkat(dir, name, flags) })
-	if errors.Is(err, unix.ENOENT) {
-		return nil
-	}
+	err := retry(func() error { return unix.Unlinkat(dir, name, 0) })
 	if err != nil {
-		return quoted("unlink", name, err)
+		return gone(quoted("unlink", name, err))
 	}
 	switch st.Mode & unix.S_IFMT {
-	case unix.S_IFDIR:
-		w.r.Directories++
 	case unix.S_IFLNK:
 		w.r.Symlinks++
 		if st.Size >= longLink && w.ext4 {
@@ -435,6 +450,21 @@ func (w *wiper) remove(dir int, name string, st *unix.Stat_t) error {
 	case unix.S_IFREG:
 	default:
 		w.r.Others++
+	}
+	return nil
+}
+
+// remove removes directories.
+func (w *wiper) remove(dir int, name string, st *unix.Stat_t, top bool) error {
+	flags := 0
+	if st.Mode&unix.S_IFMT == unix.S_IFDIR {
+		flags = unix.AT_REMOVEDIR
+	}
+	if err := retry(func() error { return unix.Unlinkat(dir, name, flags) }); err != nil {
+		return gone(quoted("unlink", name, err))
+	}
+	if flags != 0 {
+		w.r.Directories++
 	}
 	return nil
 }
