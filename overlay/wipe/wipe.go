@@ -1,117 +1,124 @@
 // Package wipe removes files so that neither their bytes nor their names are left on
 // the device, as far as software can do that.
 //
-// It promises: whatever Tree is given is overwritten where it lies before it is
-// unlinked, by directory descriptors only, without following a link or crossing into
-// another mount, and may be repeated after a crash between any two system calls. What
-// could not be done stands in the report; it is never called done.
+// It promises: what Tree is given is overwritten where it lies before it is unlinked,
+// by directory descriptors only, without following a link or crossing into another
+// mount, and may be repeated after a crash between any two system calls. What could
+// not be done stands in the report; it is never called done.
 //
-// Start with Tree for files, Logs for build logs, Slack for names in a directory's
-// blocks, Device when all is unlinked, and Search to look at the raw device.
+// Start with Tree or Trees for files, Logs for build logs, Slack for names in a
+// directory's own blocks, Device when all is unlinked, and Search to look at the
+// raw device.
 //
-// Not for: file systems that write elsewhere (btrfs, zfs, bcachefs, f2fs, overlay),
-// where overwriting leaves the old blocks to Device's trim. No software can promise
+// Not for: file systems that write elsewhere (btrfs, zfs, bcachefs, f2fs), where
+// overwriting leaves the old blocks to Device's trim. No software can promise
 // anything of flash cells, snapshots and backups: see Caveats.
 package wipe
 
 import (
-	"context"
-	"errors"
-	"io"
+	"fmt"
 	"os"
+	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
-var errTODO = errors.New("not built yet")
-
-// Options say how Tree works.
-type Options struct {
-	// Links is the store's directory .links, or nil if there is none: the names that
-	// Nix's optimiser gives to the contents of files.
-	Links *os.File
-}
-
-// Report says what Tree or Logs did. Numbers add up: see Add.
+// Report says what Tree, Trees or Logs did.
 type Report struct {
-	Files     int      `json:"files"`     // regular files overwritten and unlinked
-	Bytes     int64    `json:"bytes"`     // overwritten, whole blocks
-	Symlinks  int      `json:"symlinks"`  // unlinked
-	LongLinks int      `json:"longLinks"` // of these, with a target in a block of its own, which only a trim or reuse clears
-	Dirs      int      `json:"dirs"`
-	Others    int      `json:"others"`      // sockets, pipes, devices
-	Shared    int      `json:"shared"`      // only unlinked: another name outside of the tree holds the content
-	SharedLen int64    `json:"sharedBytes"` // sizes of these
-	Links     int      `json:"links"`       // entries of .links unlinked
-	Notes     []string `json:"notes,omitempty"`
+	Files       int      `json:"files"`       // regular files overwritten and unlinked
+	Bytes       int64    `json:"bytes"`       // overwritten, whole blocks
+	Symlinks    int      `json:"symlinks"`    // unlinked
+	LongLinks   int      `json:"longLinks"`   // of these, with a target in a block of its own
+	Directories int      `json:"directories"` // removed
+	Others      int      `json:"others"`      // sockets, pipes, devices: unlinked
+	Shared      int      `json:"shared"`      // only unlinked: another name outside has the content, too
+	SharedBytes int64    `json:"sharedBytes"` // sizes of these
+	Links       int      `json:"links"`       // entries of .links unlinked
+	Notes       []string `json:"notes,omitempty"`
+
+	// LinkNames are those of the entries of .links: hashes of contents. For Slack.
+	LinkNames []string `json:"-"`
 }
 
 // Add adds another report.
-func (r *Report) Add(o Report) {}
-
-// Tree overwrites and removes the entry name of parent, whatever it is. No such entry
-// is no error. After an error, what was not done is still there under its name:
-// repeat.
-func Tree(ctx context.Context, parent *os.File, name string, o Options) (Report, error) {
-	return Report{}, errTODO
+func (r *Report) Add(o Report) {
+	r.Files += o.Files
+	r.Bytes += o.Bytes
+	r.Symlinks += o.Symlinks
+	r.LongLinks += o.LongLinks
+	r.Directories += o.Directories
+	r.Others += o.Others
+	r.Shared += o.Shared
+	r.SharedBytes += o.SharedBytes
+	r.Links += o.Links
+	r.LinkNames = append(r.LinkNames, o.LinkNames...)
+	for _, n := range o.Notes {
+		r.note(n)
+	}
 }
 
-// Answer is what became of a step.
-type Answer string
+func (r *Report) note(text string) { r.Notes = note(r.Notes, text) }
 
+// note adds a sentence once.
+func note(notes []string, text string) []string {
+	for _, n := range notes {
+		if n == text {
+			return notes
+		}
+	}
+	return append(notes, text)
+}
+
+// Sentences for people.
 const (
-	Done        Answer = "done"
-	Unsupported Answer = "not supported" // by the kernel, file system or device
-	Denied      Answer = "denied"        // no right to
+	noteElsewhere = "this file system writes elsewhere than where data lies: the old blocks are only cleared by a trim or by reuse"
+	noteNames     = "this kernel (before 5.13) leaves the names of removed files in the blocks of their directories"
+	noteLongLinks = "the targets of long symbolic links lie in blocks that cannot be overwritten: they are only cleared by a trim or by reuse"
 )
 
-// DeviceReport says what Device did about what is no longer in any file.
-type DeviceReport struct {
-	Sync       Answer   `json:"sync"`       // everything is on the device
-	Trim       Answer   `json:"trim"`       // free blocks were discarded
-	Trimmed    int64    `json:"trimmed"`    // bytes
-	Checkpoint Answer   `json:"checkpoint"` // the journal was checkpointed and its blocks overwritten
-	Zeroed     bool     `json:"zeroed"`     // with zeros; false: discarded
-	Notes      []string `json:"notes,omitempty"`
-}
-
-// Device clears what the file system that holds dir keeps of removed files: it writes
-// everything back, discards the free blocks and overwrites the journal. A step that is
-// not supported or denied is an answer, not an error.
-func Device(ctx context.Context, dir *os.File) (DeviceReport, error) {
-	return DeviceReport{}, errTODO
-}
-
-// Slack removes old copies of names that stand in the blocks of directory dir itself
-// (not below) beside its entries. It creates and removes entries of its own there.
-func Slack(ctx context.Context, dir *os.File, names [][]byte) (SlackReport, error) {
-	return SlackReport{}, errTODO
-}
-
-// SlackReport says what Slack did.
-type SlackReport struct {
-	Fillers int      `json:"fillers"` // entries created and removed
-	Notes   []string `json:"notes,omitempty"`
-}
-
-// Search reads all of r, such as a raw device, and calls each for every occurrence of
-// a name: its index and the offset in bytes, ascending. Names of 32 base-32 characters
-// of Nix (hash parts) are looked for all at once, at little more than the speed of
-// reading.
-func Search(ctx context.Context, r io.Reader, names [][]byte, each func(name int, offset int64)) error {
-	return errTODO
-}
-
-// ErrNoDevice: what holds a directory is not one block device that could be read.
-var ErrNoDevice = errors.New("could not tell the device")
-
-// DeviceOf returns the block device (/dev/…) that holds the file system of dir. Down
-// says which devices or files lie below it, such as a loop device's file.
-func DeviceOf(dir *os.File) (dev string, err error) { return "", ErrNoDevice }
-
-// Logs finds the build logs of derivations (base names HASH-NAME.drv) below logs
-// (…/log/nix) and wipes them.
-func Logs(ctx context.Context, logs *os.File, drvs []string) (Report, error) {
-	return Report{}, errTODO
-}
-
 // Caveats are what no report can promise, in sentences for people.
-func Caveats() []string { return nil }
+func Caveats() []string {
+	return []string{
+		"flash cells: an SSD or memory card writes to other cells than it did before and keeps the old ones until it erases them by itself; only its own secure erase, or encryption from the start, covers that",
+		"snapshots: what LVM, a volume manager, a virtual machine or a storage server has kept of the device still holds what was there",
+		"backups and copies: what was copied to elsewhere before is not touched",
+		"memory: swap and hibernation images are not looked at",
+	}
+}
+
+// kernelBefore reports whether the running kernel is older than major.minor.
+func kernelBefore(major, minor int) bool {
+	var u unix.Utsname
+	if unix.Uname(&u) != nil {
+		return true
+	}
+	var a, b int
+	if n, _ := fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &a, &b); n != 2 {
+		return true
+	}
+	return a < major || a == major && b < minor
+}
+
+// inPlace are file systems where a write to a block that is there goes to that block:
+// ext2, ext3 and ext4; xfs, as long as no extent is shared; memory.
+func inPlace(st *unix.Statfs_t) bool {
+	switch uint32(st.Type) {
+	case unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.TMPFS_MAGIC:
+		return true
+	}
+	return false
+}
+
+// retry repeats what a signal interrupted.
+func retry(f func() error) error {
+	for {
+		if err := f(); err != unix.EINTR {
+			return err
+		}
+	}
+}
+
+// quoted names the call and the entry: callers know the directory.
+func quoted(call, name string, err error) error {
+	return &os.PathError{Op: call, Path: strings.ToValidUTF8(name, "?"), Err: err}
+}

@@ -92,6 +92,9 @@ func (s *Set) shifts() {
 	}
 }
 
+// Size is the length of a string in bytes.
+func (s *Set) Size(name int) int { return len(s.names[name]) }
+
 // Len is how many strings there are.
 func (s *Set) Len() int { return len(s.names) }
 
