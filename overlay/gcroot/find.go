@@ -89,7 +89,7 @@ func (f Finder) Find(ctx context.Context) ([]plan.Root, error) {
 // fixed finds the links that their owner could not take away, because the directory
 // is another's: such a root stays, so it is as good as somebody else's.
 func (f Finder) fixed(h *host, roots []plan.Root) error {
-	return Mover{Place: f.Place}.asUser(func() error {
+	return AsUser(f.User, func() error {
 		for i := range roots {
 			if r := &roots[i]; r.Kind == plan.RootUser {
 				d, err := h.dir(r.Link)

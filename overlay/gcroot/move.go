@@ -125,7 +125,7 @@ func (m Mover) Make(rec Record) error {
 		return &LinkError{"make in the keep", rec.To, err}
 	}
 	defer unix.Close(home)
-	err = m.asUser(func() error {
+	err = AsUser(m.User, func() error {
 		d, err := makeDirs(home, path.Dir(rest))
 		if err != nil {
 			return err
@@ -160,7 +160,7 @@ func (m Mover) Remove(rec Record) error {
 		return err
 	}
 	defer h.close()
-	err = m.asUser(func() error {
+	err = AsUser(m.User, func() error {
 		d, err := h.dir(rec.Link)
 		if errors.Is(err, unix.ENOENT) {
 			return nil
@@ -209,7 +209,7 @@ func (m Mover) Restore(rec Record) error {
 			return &LinkError{"write out the root of", rec.Link, err}
 		}
 	}
-	err = m.asUser(func() error {
+	err = AsUser(m.User, func() error {
 		d, err := h.dir(rec.Link)
 		if err != nil {
 			return err
@@ -235,7 +235,7 @@ func (m Mover) Drop(rec Record) error {
 		return &LinkError{"remove from the keep", rec.To, err}
 	}
 	defer unix.Close(home)
-	err = m.asUser(func() error {
+	err = AsUser(m.User, func() error {
 		d, err := openBeneath(home, path.Dir(rest))
 		if errors.Is(err, unix.ENOENT) {
 			return nil
@@ -379,13 +379,13 @@ func (m Mover) keepAuto(k int, create bool) (int, error) {
 	return retry(func() (int, error) { return unix.Openat2(roots, "auto", how) })
 }
 
-// asUser runs f with the user's rights on files, on a thread that runs nothing else
-// and dies with them.
-func (m Mover) asUser(f func() error) error {
+// AsUser runs f with a user's rights on files, on a thread that runs nothing else and
+// dies with them. Only files that f opens itself are opened with these rights.
+func AsUser(u view.User, f func() error) error {
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread() // never unlocked
-		if err := become(m.User); err != nil {
+		if err := become(u); err != nil {
 			done <- err
 			return
 		}
