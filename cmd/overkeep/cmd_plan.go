@@ -41,7 +41,7 @@ It moves nothing. --out writes the plan into a file, so that "apply" does exactl
 or refuses. A plan names private paths: the file must lie in the keep.`,
 		Example: `  sudo overkeep plan
   sudo overkeep plan --all
-  sudo overkeep plan --out ~/keep/plan && sudo overkeep apply ~/keep/plan
+  sudo overkeep plan --out ~/keep/plan
   sudo overkeep plan --policy draft
   sudo overkeep plan --json | jq -r '.blocked[] | "\(.path) \(.why) \(.by)"'`,
 		Args: a.args(0, 0),
