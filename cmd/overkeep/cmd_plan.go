@@ -61,12 +61,11 @@ func runPlan(ctx context.Context, a *app, o planOptions) error {
 	if err := o.find(a); err != nil {
 		return err
 	}
-	in := plan.Input{Mode: plan.Misplaced}
-	w, err := o.load(ctx, a, &in)
+	w, in, err := o.load(ctx, a, plan.Misplaced)
 	if err != nil {
 		return err
 	}
-	p, err := o.makeIn(ctx, a, w, in)
+	p, err := o.decide(ctx, a, w, in)
 	if err != nil {
 		return err
 	}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/user"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -108,36 +109,97 @@ func (p *planner) roots(ctx context.Context) ([]plan.Root, error) {
 	return f.Find(ctx)
 }
 
-// make makes a plan: of in it needs the mode and what is chosen.
-func (p *planner) make(ctx context.Context, a *app, in plan.Input) (*plan.Plan, error) {
-	w, err := p.load(ctx, a, &in)
+// links moves the user's roots.
+func (p *planner) links() gcroot.Mover { return gcroot.Mover{Place: p.place(), Host: p.host} }
+
+// make makes a plan of the stores as they are now, by a mode that needs no paths.
+func (p *planner) make(ctx context.Context, a *app, mode plan.Mode) (*plan.Plan, error) {
+	w, in, err := p.load(ctx, a, mode)
 	if err != nil {
 		return nil, err
 	}
-	return p.makeIn(ctx, a, w, in)
+	return p.decide(ctx, a, w, in)
+}
+
+// chosen makes a plan of the paths that words name: those to be sealed and those to be
+// released, with all that has to follow. A word for several paths means those of them
+// that lie where they are to go from. Errors also *pathError, and those of plan.Make.
+func (p *planner) chosen(ctx context.Context, a *app, seal, release []string) (*plan.Plan, error) {
+	w, in, err := p.load(ctx, a, plan.Chosen)
+	if err != nil {
+		return nil, err
+	}
+	if in.Seal, err = p.named(ctx, w, seal, graph.Lower); err != nil {
+		return nil, err
+	}
+	if in.Release, err = p.named(ctx, w, release, graph.Upper); err != nil {
+		return nil, err
+	}
+	return p.decide(ctx, a, w, in)
+}
+
+// exact makes a plan of these store paths and no others, whatever the policy says: it is
+// not even read. Those that do not lie where they are to go from are returned beside it.
+func (p *planner) exact(ctx context.Context, a *app, seal, release []string) (_ *plan.Plan, gone []string, err error) {
+	w, in, err := p.load(ctx, a, plan.Exact)
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, side := range []struct {
+		paths []string
+		to    *[]graph.ID
+		layer graph.Flags
+	}{{seal, &in.Seal, graph.Lower}, {release, &in.Release, graph.Upper}} {
+		for _, path := range side.paths {
+			if id := w.Index.Path(path); id != graph.NoID && w.Graph.Flags[id]&side.layer != 0 {
+				*side.to = append(*side.to, id)
+			} else {
+				gone = append(gone, path)
+			}
+		}
+	}
+	out, err := p.decide(ctx, a, w, in)
+	return out, gone, err
 }
 
 // load reads both stores, and has the policy decide; plan.Exact asks none.
-func (p *planner) load(ctx context.Context, a *app, in *plan.Input) (*verdict.World, error) {
-	if in.Mode == plan.Exact {
+func (p *planner) load(ctx context.Context, a *app, mode plan.Mode) (*verdict.World, plan.Input, error) {
+	in := plan.Input{Mode: mode}
+	if err := p.fresh(); err != nil {
+		return nil, in, err
+	}
+	if mode == plan.Exact {
 		a.ui.progress("reading the stores")
 		w, err := loaded(ctx, p.sight.input)
-		if err == nil {
-			in.Graph = w.Graph
+		if err != nil {
+			return nil, in, err
 		}
-		return w, err
+		in.Graph = w.Graph
+		return w, in, nil
 	}
 	pol, w, err := p.sight.load(ctx, a, loaded)
 	if err != nil {
-		return nil, err
+		return nil, in, err
 	}
 	p.sight.remarks(a, w)
 	in.Policy = policyDigest(p.sight.sources)
 	in.Verdicts, err = settled(ctx, func() *policy.Verdicts { return w.Decide(pol) })
-	return w, err
+	return w, in, err
 }
 
-func (p *planner) makeIn(ctx context.Context, a *app, w *verdict.World, in plan.Input) (_ *plan.Plan, err error) {
+// fresh leaves the keep's store out as long as nobody has used it: Nix makes its
+// database for the first client.
+func (p *planner) fresh() error {
+	_, err := os.Lstat(filepath.Join(p.keep.NixDB(), "db.sqlite"))
+	if errors.Is(err, os.ErrNotExist) {
+		p.sight.input.Stores = slices.DeleteFunc(p.sight.input.Stores, func(s facts.Store) bool { return s.Layer == graph.Upper })
+		return nil
+	}
+	return err
+}
+
+// decide makes the plan of what load and others have brought together.
+func (p *planner) decide(ctx context.Context, a *app, w *verdict.World, in plan.Input) (_ *plan.Plan, err error) {
 	a.ui.progress("asking who holds what")
 	if in.Roots, err = p.roots(ctx); err != nil {
 		return nil, err
@@ -158,69 +220,36 @@ func (p *planner) makeIn(ctx context.Context, a *app, w *verdict.World, in plan.
 	return plan.Make(in)
 }
 
-// makeOf makes a plan for what words name: to be sealed, and to be released. For
-// plan.Exact they are store paths, and what has gone is blocked instead of an error.
-func (p *planner) makeOf(ctx context.Context, a *app, mode plan.Mode, seal, release []string) (*plan.Plan, error) {
-	in := plan.Input{Mode: mode}
-	w, err := p.load(ctx, a, &in)
-	if err != nil {
-		return nil, err
-	}
-	var gone [2][]string
-	for i, d := range []struct {
-		words []string
-		ids   *[]graph.ID
-	}{{seal, &in.Seal}, {release, &in.Release}} {
-		if *d.ids, gone[i], err = p.named(ctx, w, in.Mode, d.words); err != nil {
-			return nil, err
-		}
-	}
-	out, err := p.makeIn(ctx, a, w, in)
-	if err != nil {
-		return nil, err
-	}
-	out.Gone(plan.Seal, gone[0]...)
-	out.Gone(plan.Release, gone[1]...)
-	return out, nil
-}
-
 // named finds the paths of words in a world of both stores as a whole.
-func (p *planner) named(ctx context.Context, w *verdict.World, mode plan.Mode, words []string) (ids []graph.ID, gone []string, err error) {
-	var others []string
-	for _, word := range words {
-		switch id := w.Index.Path(word); {
-		case id != graph.NoID:
-			ids = append(ids, id)
-		case mode == plan.Exact:
-			gone = append(gone, word)
-		default:
-			others = append(others, word)
-		}
-	}
-	if len(others) == 0 {
-		return ids, gone, nil
+func (p *planner) named(ctx context.Context, w *verdict.World, words []string, layer graph.Flags) (ids []graph.ID, err error) {
+	if len(words) == 0 {
+		return nil, nil
 	}
 	none, err := policy.Parse()
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	part, found, err := verdict.LoadFor(ctx, p.sight.input, none, others)
+	part, found, err := verdict.LoadFor(ctx, p.sight.input, none, words)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	defer part.Close()
+	defer func() { err = errors.Join(err, part.Close()) }()
 	for i, list := range found {
-		n := len(ids)
+		var whole []graph.ID
 		for _, id := range list {
-			if whole := w.Index.Path(part.Graph.Path(id)); whole != graph.NoID {
-				ids = append(ids, whole)
+			if id := w.Index.Path(part.Graph.Path(id)); id != graph.NoID {
+				whole = append(whole, id)
 			}
 		}
-		if len(ids) == n {
-			return nil, nil, &pathError{others[i]}
+		if len(whole) == 0 {
+			return nil, &pathError{words[i]}
 		}
+		if there := slices.DeleteFunc(slices.Clone(whole), func(id graph.ID) bool { return w.Graph.Flags[id]&layer == 0 }); len(there) > 0 {
+			whole = there // else plan.Make says where they lie
+		}
+		ids = append(ids, whole...)
 	}
-	return ids, nil, nil
+	return ids, nil
 }
 
 // rows looks rows up in the database of the store that a path leaves.

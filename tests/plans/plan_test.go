@@ -86,6 +86,10 @@ func onMachine(t *testing.T, backend string) {
 	if r, err := k.Exec(bed.Command{User: "alice", Script: "exec overkeep plan"}); err != nil || r.Code != 10 {
 		t.Errorf("as alice: %+v %v", r, err)
 	}
+	// Nobody has used the keep yet: its Nix has no database.
+	if text := k.MustOverkeep(t, 0, "", "plan", "--keep", "alice"); !strings.Contains(text, "Seal ") || strings.Contains(text, "Release ") {
+		t.Errorf("a fresh keep:\n%s", text)
+	}
 	inKeep := k.Alice(t, "nix-build -Q --no-out-link -E "+expr("pub-built")+" 2>/dev/null")
 	k.Alice(t, "nix-build -Q --no-out-link -E "+expr("secret-mine", inKeep)+" 2>/dev/null")
 
