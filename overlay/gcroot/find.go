@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path"
@@ -79,7 +80,31 @@ func (f Finder) Find(ctx context.Context) ([]plan.Root, error) {
 		}
 		out = append(out, root)
 	}
+	if err := f.fixed(h, out); err != nil {
+		return nil, err
+	}
 	return out, ctx.Err()
+}
+
+// fixed finds the links that their owner could not take away, because the directory
+// is another's: such a root stays, so it is as good as somebody else's.
+func (f Finder) fixed(h *host, roots []plan.Root) error {
+	return AsUser(f.User, func() error {
+		for i := range roots {
+			if r := &roots[i]; r.Kind == plan.RootUser {
+				d, err := h.dir(r.Link)
+				if err == nil {
+					// AT_EACCESS: by the rights on files that this thread has now.
+					_, err = retry(func() (int, error) { return 0, unix.Faccessat(d, ".", unix.W_OK|unix.X_OK, unix.AT_EACCESS) })
+					unix.Close(d)
+				}
+				if err != nil {
+					*r = plan.Root{Link: r.Link, Path: r.Path, Kind: plan.RootOther}
+				}
+			}
+		}
+		return nil
+	})
 }
 
 // taken reports whether the keep has something else at a root's place.
@@ -175,9 +200,9 @@ func (h *host) auto(ctx context.Context) (map[string]string, error) {
 			}
 		}
 		switch {
-		case len(names) == 0 && err != nil && err.Error() == "EOF", len(names) == 0 && err == nil:
+		case errors.Is(err, io.EOF):
 			return out, nil
-		case err != nil && len(names) == 0:
+		case err != nil:
 			return nil, err
 		case len(out) > maxAuto:
 			return nil, fmt.Errorf("%q: more than %d entries", autoDir, maxAuto)

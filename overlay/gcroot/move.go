@@ -120,8 +120,13 @@ func (m Mover) Make(rec Record) error {
 		return err
 	}
 	defer unix.Close(k)
-	err = m.asUser(func() error {
-		d, err := makeDirs(k, path.Dir(rec.To))
+	home, rest, err := homeOf(k, rec.To)
+	if err != nil {
+		return &LinkError{"make in the keep", rec.To, err}
+	}
+	defer unix.Close(home)
+	err = AsUser(m.User, func() error {
+		d, err := makeDirs(home, path.Dir(rest))
 		if err != nil {
 			return err
 		}
@@ -155,7 +160,7 @@ func (m Mover) Remove(rec Record) error {
 		return err
 	}
 	defer h.close()
-	err = m.asUser(func() error {
+	err = AsUser(m.User, func() error {
 		d, err := h.dir(rec.Link)
 		if errors.Is(err, unix.ENOENT) {
 			return nil
@@ -204,7 +209,7 @@ func (m Mover) Restore(rec Record) error {
 			return &LinkError{"write out the root of", rec.Link, err}
 		}
 	}
-	err = m.asUser(func() error {
+	err = AsUser(m.User, func() error {
 		d, err := h.dir(rec.Link)
 		if err != nil {
 			return err
@@ -225,8 +230,13 @@ func (m Mover) Drop(rec Record) error {
 		return err
 	}
 	defer unix.Close(k)
-	err = m.asUser(func() error {
-		d, err := openBeneath(k, path.Dir(rec.To))
+	home, rest, err := homeOf(k, rec.To)
+	if err != nil {
+		return &LinkError{"remove from the keep", rec.To, err}
+	}
+	defer unix.Close(home)
+	err = AsUser(m.User, func() error {
+		d, err := openBeneath(home, path.Dir(rest))
 		if errors.Is(err, unix.ENOENT) {
 			return nil
 		}
@@ -293,7 +303,9 @@ func autoName(link string) string {
 
 // openVolume opens the keep's volume, which root mounted where root alone may go.
 func openVolume(at string) (int, error) {
-	fd, err := retry(func() (int, error) { return unix.Open(at, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0) })
+	fd, err := retry(func() (int, error) {
+		return unix.Open(at, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
+	})
 	if err != nil {
 		return -1, &LinkError{"open the keep", at, err}
 	}
@@ -304,6 +316,16 @@ func openVolume(at string) (int, error) {
 func openBeneath(dir int, rel string) (int, error) {
 	how := &unix.OpenHow{Flags: unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS}
 	return retry(func() (int, error) { return unix.Openat2(dir, rel, how) })
+}
+
+// homeOf opens the part of the volume in which the user's directories lie: the volume
+// itself is root's. rest is where a link goes from there.
+func homeOf(k int, to string) (fd int, rest string, err error) {
+	if !local(to) {
+		return -1, "", ErrTaken
+	}
+	fd, err = openBeneath(k, "home")
+	return fd, strings.TrimPrefix(to, "home/"), err
 }
 
 func readlinkBeneath(dir int, rel string) (string, error) {
@@ -357,13 +379,13 @@ func (m Mover) keepAuto(k int, create bool) (int, error) {
 	return retry(func() (int, error) { return unix.Openat2(roots, "auto", how) })
 }
 
-// asUser runs f with the user's rights on files, on a thread that runs nothing else
-// and dies with them.
-func (m Mover) asUser(f func() error) error {
+// AsUser runs f with a user's rights on files, on a thread that runs nothing else and
+// dies with them. Only files that f opens itself are opened with these rights.
+func AsUser(u view.User, f func() error) error {
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread() // never unlocked
-		if err := become(m.User); err != nil {
+		if err := become(u); err != nil {
 			done <- err
 			return
 		}

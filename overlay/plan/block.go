@@ -79,7 +79,7 @@ func (m *maker) blockReleases() {
 	var queue []graph.ID
 	m.release.Each(func(id graph.ID) {
 		if b, ok := m.blocks[id]; ok {
-			if b.why == BlockedRow || b.why == BlockedDiffers {
+			if b.why == BlockedRow || b.why == BlockedDiffers || b.why == BlockedGone {
 				queue = append(queue, id)
 			}
 			return

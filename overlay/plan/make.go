@@ -193,11 +193,8 @@ func (m *maker) want() error {
 		for _, id := range m.in.Release {
 			m.release.Set(id)
 		}
-		for _, err := range []error{m.there(Seal, m.in.Seal), m.there(Release, m.in.Release)} {
-			if err != nil {
-				return err
-			}
-		}
+		m.gone(m.seal, graph.Lower)
+		m.gone(m.release, graph.Upper)
 	}
 	for w := range m.seal {
 		if m.seal[w]&m.release[w] != 0 {
@@ -219,6 +216,15 @@ func (m *maker) there(k Kind, ids []graph.ID) error {
 		}
 	}
 	return nil
+}
+
+// gone blocks what does not lie where it should leave.
+func (m *maker) gone(set graph.Bits, from graph.Flags) {
+	set.Each(func(id graph.ID) {
+		if !m.lies(id, from) {
+			m.blocks[id] = block{BlockedGone, "", graph.NoID}
+		}
+	})
 }
 
 // wantSeals takes along what refers to the chosen paths in the system store.
@@ -300,7 +306,7 @@ func (m *maker) read() error {
 	}{{Seal, m.seal}, {Release, m.release}} {
 		var failed error
 		d.set.Each(func(id graph.ID) {
-			if failed != nil {
+			if _, gone := m.blocks[id]; gone || failed != nil {
 				return
 			}
 			var r row

@@ -24,6 +24,8 @@
 package plan
 
 import (
+	"slices"
+
 	"overkeep/policy"
 	"overkeep/policy/graph"
 )
@@ -111,6 +113,7 @@ const (
 	BlockedReferenced BlockWhy = "referenced" // By is a path that stays in the system store and refers to it
 	BlockedNeeds      BlockWhy = "needs"      // it refers to By, which does not come to the system store
 	BlockedDiffers    BlockWhy = "differs"    // the two stores have it with other data
+	BlockedGone       BlockWhy = "gone"       // Exact: it is not, or no more, in the store that it should leave
 	BlockedRow        BlockWhy = "row"        // its row cannot be read, or has no NAR hash
 )
 
@@ -151,6 +154,21 @@ type Plan struct {
 	Roots   []Root    `json:"-"` // the user's roots that move along with a sealed path
 	Blocked []Blocked `json:"-"`
 	Residue []Residue `json:"-"`
+}
+
+// Gone adds paths that should have been moved and that no graph has any more.
+func (p *Plan) Gone(k Kind, paths ...string) {
+	if len(paths) == 0 {
+		return
+	}
+	why := slices.Index(p.Reasons, Reason{Reason: Asked})
+	if why < 0 {
+		why = len(p.Reasons)
+		p.Reasons = append(p.Reasons, Reason{Reason: Asked})
+	}
+	for _, path := range paths {
+		p.Blocked = append(p.Blocked, Blocked{Move: Move{Kind: k, Path: path, Unit: NoUnit, Reason: why}, Why: BlockedGone})
+	}
 }
 
 // ReasonOf is why a move is made.

@@ -227,6 +227,7 @@ func TestExact(t *testing.T) {
 		{"", "other mine", []string{"release mine", "release other"}},
 		{"pub-a pub-b", "other mine", []string{"seal pub-a", "seal pub-b", "! release mine: needs pub-b", "! release other: needs pub-b via mine"}},
 		{"pub-b", "mine", []string{"release mine", "! seal pub-b: referenced pub-a"}},
+		{"mine pub-a", "pub-c other", []string{"seal pub-a", "! seal mine: gone", "! release other: needs mine", "! release pub-c: gone"}},
 	} {
 		in.Seal, in.Release = some(ids, c.seal), some(ids, c.release)
 		p, err := Make(in)
@@ -236,6 +237,13 @@ func TestExact(t *testing.T) {
 		if got := shown(p); !slices.Equal(got, c.want) {
 			t.Errorf("seal %s, release %s:\n%s", c.seal, c.release, cmp.Diff(c.want, got))
 		}
+	}
+	p := &Plan{Reasons: []Reason{{Reason: "granted"}}}
+	p.Gone(Seal)
+	p.Gone(Seal, store("a"), store("b"))
+	p.Gone(Release, store("c"))
+	if got := shown(p); !slices.Equal(got, []string{"! seal a: gone", "! seal b: gone", "! release c: gone"}) || len(p.Reasons) != 2 || p.Blocked[2].Reason != 1 {
+		t.Errorf("%q %+v", got, p)
 	}
 	in.Verdicts, in.Graph = nil, in.Verdicts.Index().Graph()
 	if _, err := Make(in); err != nil {
