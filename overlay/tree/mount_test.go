@@ -118,22 +118,30 @@ func TestFull(t *testing.T) {
 	}
 }
 
-// The form of a copy does not depend on what the process and the target would give it.
-func TestFormWhatever(t *testing.T) {
+// The form of a copy does not depend on the umask.
+func TestUmask(t *testing.T) {
+	from, src := dir(t)
+	to, dst := dir(t)
+	nasty(t, filepath.Join(from, "p"))
+	for _, mask := range []int{0, 0o277} {
+		was := unix.Umask(mask)
+		_, err := Copy(t.Context(), src, "p", dst, "q", us())
+		unix.Umask(was)
+		must(t, err)
+		canonical(t, filepath.Join(to, "q"))
+		must(t, Remove(t.Context(), dst, "q"))
+	}
+}
+
+// Nor on what the target directory gives to what is made in it.
+func TestTarget(t *testing.T) {
+	need.Root(t)
 	from, src := dir(t)
 	nasty(t, filepath.Join(from, "p"))
-	was := unix.Umask(0o277)
-	t.Cleanup(func() { unix.Umask(was) })
 	to, dst := dir(t)
-	_, err := Copy(t.Context(), src, "p", dst, "q", us())
-	unix.Umask(was)
-	must(t, err)
-	canonical(t, filepath.Join(to, "q"))
-
-	need.Root(t)
-	to, dst = dir(t)
 	must(t, os.Chown(to, 0, 12345))
 	must(t, os.Chmod(to, os.ModeSetgid|0o775))
+	var err error
 	for _, name := range []string{"q", "file", "link"} {
 		if name == "q" {
 			_, err = Copy(t.Context(), src, "p", dst, name, us())

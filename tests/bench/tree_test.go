@@ -49,11 +49,11 @@ head -c 300M /dev/urandom > single-1`)
 
 // each runs the ways of copying a set in turn and prints how they compare to ours.
 func (m copies) each(b *testing.B, set string, sync bool, rounds int) {
-	flag, after, title := "", "", set+" paths"
-	if sync {
-		flag, after, title = "--sync ", "; sync -f /srv", set+" paths, to the disk"
-	}
 	paths := m.paths[set]
+	flag, after, title := "", "", fmt.Sprintf("copy %d paths (%s)", len(strings.Fields(paths)), set)
+	if sync {
+		flag, after, title = "--sync ", "; sync -f /srv", title+" to the disk"
+	}
 	ours := "peak mover " + flag + "/nix/store /srv/ours < /srv/lines-" + set
 	peers := []struct{ name, setup, command string }{
 		{"nix copy", "", "peak nix --extra-experimental-features nix-command copy --no-check-sigs --to local?root=/srv/nix " + paths + after},
