@@ -24,12 +24,12 @@ var guarded = map[string][]string{
 	"golang.org/x/sys/unix": {
 		"cmd/...", "crypt/crashpoint", "crypt/secret", "crypt/slot", "crypt/volume",
 		"overlay/holder", "overlay/lower", "overlay/nixdb", "overlay/pins", "overlay/provenance", "overlay/roots",
-		"overlay/signature", "overlay/verdict", "overlay/view",
+		"overlay/signature", "overlay/verdict", "overlay/view", "overlay/wipe",
 		"systemd/doctor", "systemd/keep", "tests/...",
 	},
 	"syscall":                     {"cmd/...", "crypt/crashpoint", "systemd/keep", "tests/..."},
 	"os/exec":                     {"cmd/...", "crypt/volume", "overlay/view", "systemd/doctor", "systemd/keep", "tests/..."},
-	"unsafe":                      {"crypt/volume", "overlay/holder", "overlay/nixdb/batch", "tests/..."},
+	"unsafe":                      {"crypt/volume", "overlay/holder", "overlay/nixdb/batch", "overlay/wipe", "tests/..."},
 	"C":                           {"overlay/nixdb/batch"}, // many rows of SQLite a call
 	"github.com/mattn/go-sqlite3": {"overlay/nixdb/...", "tests/storegen"},
 	"database/sql":                {"overlay/nixdb", "tests/storegen"},
