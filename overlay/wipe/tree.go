@@ -39,7 +39,12 @@ func Tree(ctx context.Context, parent *os.File, name string, o Options) (Report,
 // Trees is Tree for many entries of one directory with one sync for all. A file with
 // names in several of them is not shared.
 func Trees(ctx context.Context, parent *os.File, names []string, o Options) (r Report, err error) {
-	w := &wiper{ctx: ctx, o: o, r: &r, inodes: map[uint64]*inode{}}
+	w := &wiper{ctx: ctx, o: o, r: &r, parent: parent, inodes: map[uint64]*inode{}}
+	defer func() {
+		if w.locator != nil {
+			err = errors.Join(err, w.locator.disk.Close())
+		}
+	}()
 	var fs unix.Statfs_t
 	if err := retry(func() error { return unix.Fstatfs(int(parent.Fd()), &fs) }); err != nil {
 		return r, quoted("statfs", parent.Name(), err)
@@ -93,6 +98,10 @@ type wiper struct {
 	block  int64
 	ext4   bool
 	inodes map[uint64]*inode
+
+	parent  *os.File
+	locator *locator
+	lost    bool // there is none
 
 	moved    int  // directories that got another name
 	unlinked bool // a name in a directory of the trees
@@ -437,6 +446,11 @@ func (w *wiper) unlink(dir int, name string, st *unix.Stat_t, top bool) error {
 		_, err := w.move(dir, name, dir)
 		return err
 	}
+	long := st.Mode&unix.S_IFMT == unix.S_IFLNK && st.Size >= longLink && w.ext4
+	block := int64(0)
+	if long && st.Nlink == 1 {
+		block = w.locate(st.Ino)
+	}
 	err := retry(func() error { return unix.Unlinkat(dir, name, 0) })
 	if err != nil {
 		return gone(quoted("unlink", name, err))
@@ -444,14 +458,29 @@ func (w *wiper) unlink(dir int, name string, st *unix.Stat_t, top bool) error {
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFLNK:
 		w.r.Symlinks++
-		if st.Size >= longLink && w.ext4 {
+		if long {
 			w.r.LongLinks++
+		}
+		if block != 0 {
+			w.r.Blocks = append(w.r.Blocks, block)
 		}
 	case unix.S_IFREG:
 	default:
 		w.r.Others++
 	}
 	return nil
+}
+
+// locate is locator.of; 0 where the device cannot be read.
+func (w *wiper) locate(ino uint64) int64 {
+	if w.locator == nil && !w.lost {
+		l, err := newLocator(w.parent, w.block)
+		w.locator, w.lost = l, err != nil
+	}
+	if w.lost {
+		return 0
+	}
+	return w.locator.of(ino)
 }
 
 // remove removes directories.

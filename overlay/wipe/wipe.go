@@ -38,6 +38,9 @@ type Report struct {
 
 	// LinkNames are those of the entries of .links: hashes of contents. For Slack.
 	LinkNames []string `json:"-"`
+	// Blocks are those of the device that held targets of long symbolic links, as far
+	// as could be told. For Reuse, where Device cannot trim.
+	Blocks []int64 `json:"-"`
 }
 
 // Add adds another report.
@@ -52,6 +55,7 @@ func (r *Report) Add(o Report) {
 	r.SharedBytes += o.SharedBytes
 	r.Links += o.Links
 	r.LinkNames = append(r.LinkNames, o.LinkNames...)
+	r.Blocks = append(r.Blocks, o.Blocks...)
 	for _, n := range o.Notes {
 		r.note(n)
 	}
@@ -73,7 +77,7 @@ func note(notes []string, text string) []string {
 const (
 	noteElsewhere = "this file system writes elsewhere than where data lies: the old blocks are only cleared by a trim or by reuse"
 	noteNames     = "this kernel (before 5.13) leaves the names of removed files in the blocks of their directories"
-	noteLongLinks = "the targets of long symbolic links lie in blocks that cannot be overwritten: they are only cleared by a trim or by reuse"
+	noteLongLinks = "the targets of long symbolic links lie in blocks that cannot be overwritten while they are links: they are cleared by a trim or by reuse"
 )
 
 // Caveats are what no report can promise, in sentences for people.
