@@ -135,8 +135,9 @@ type plannedStay struct {
 const maxWay = 12
 
 func (p *planner) report(of *plan.Plan) *planReport {
-	r := &planReport{Plan: of, Groups: of.Groups(), Holds: of.Holds(), ways: of.Ways(),
-		Moves: []plannedMove{}, Along: of.Roots, Stay: []plannedStay{}, Remains: of.Residue}
+	// No list of the JSON is null.
+	r := &planReport{Plan: of, Groups: append([]plan.Group{}, of.Groups()...), Holds: append([]plan.Hold{}, of.Holds()...), ways: of.Ways(),
+		Moves: []plannedMove{}, Along: append([]plan.Root{}, of.Roots...), Stay: []plannedStay{}, Remains: append([]plan.Residue{}, of.Residue...)}
 	for i := range of.Moves {
 		m := &of.Moves[i]
 		sum := &r.Seal
@@ -163,9 +164,9 @@ func (p *planner) text(a *app, of *plan.Plan) string {
 
 // A summary fits a screen.
 const (
-	maxGroups = 8
-	maxRoots  = 5
-	maxHolds  = 6
+	maxGroups = 5 // of each direction
+	maxRoots  = 3
+	maxHolds  = 4
 )
 
 func (r *planReport) print(p *page) {
@@ -229,8 +230,8 @@ func (r *planReport) printGroups(p *page, kind plan.Kind) {
 			}
 			notes = append(notes, fmt.Sprintf("%s: %s", amount{g.Duplicates, g.DuplicateBytes}, where))
 		}
-		for _, n := range notes {
-			p.printf("      of these %s\n", n)
+		if len(notes) > 0 {
+			p.printf("      of these %s\n", strings.Join(notes, "; "))
 		}
 		if r.all {
 			r.printMoves(p, kind, g.Reason)
