@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"path"
 	"strings"
@@ -100,7 +101,7 @@ func brokenLines(w *verdict.World, v *policy.Verdicts) (out []string) {
 	return out
 }
 
-// planReport is a plan as it is shown.
+// planReport is a plan as it is shown. Moves and Stay are of the JSON alone.
 type planReport struct {
 	*plan.Plan
 	Seal    amount         `json:"seal"`
@@ -135,8 +136,7 @@ type plannedStay struct {
 const maxWay = 12
 
 func (p *planner) report(of *plan.Plan) *planReport {
-	r := &planReport{Plan: of, Groups: of.Groups(), Holds: of.Holds(), ways: of.Ways(),
-		Moves: []plannedMove{}, Along: of.Roots, Stay: []plannedStay{}, Remains: of.Residue}
+	r := &planReport{Plan: of, Groups: of.Groups(), Holds: of.Holds(), ways: of.Ways(), Along: of.Roots, Remains: of.Residue}
 	for i := range of.Moves {
 		m := &of.Moves[i]
 		sum := &r.Seal
@@ -145,13 +145,26 @@ func (p *planner) report(of *plan.Plan) *planReport {
 		}
 		sum.Paths++
 		sum.Bytes += m.NarSize
-		r.Moves = append(r.Moves, plannedMove{*m, of.ReasonOf(m)})
-	}
-	for i := range of.Blocked {
-		b := &of.Blocked[i]
-		r.Stay = append(r.Stay, plannedStay{*b, of.ReasonOf(&b.Move), string(b.Why), r.ways(i, maxWay)})
 	}
 	return r
+}
+
+// MarshalJSON writes every path out, with its reason and its way; no list is null.
+func (r *planReport) MarshalJSON() ([]byte, error) {
+	type plain planReport // without this method
+	out := plain(*r)
+	out.Groups, out.Holds = append([]plan.Group{}, r.Groups...), append([]plan.Hold{}, r.Holds...)
+	out.Along, out.Remains = append([]plan.Root{}, r.Along...), append([]plan.Residue{}, r.Remains...)
+	out.Moves, out.Stay = []plannedMove{}, []plannedStay{}
+	for i := range r.Plan.Moves {
+		m := &r.Plan.Moves[i]
+		out.Moves = append(out.Moves, plannedMove{*m, r.ReasonOf(m)})
+	}
+	for i := range r.Blocked {
+		b := &r.Blocked[i]
+		out.Stay = append(out.Stay, plannedStay{*b, r.ReasonOf(&b.Move), string(b.Why), r.ways(i, maxWay)})
+	}
+	return json.Marshal(out)
 }
 
 // text is the report as it is shown before a question.
@@ -163,16 +176,16 @@ func (p *planner) text(a *app, of *plan.Plan) string {
 
 // A summary fits a screen.
 const (
-	maxGroups = 8
-	maxRoots  = 5
-	maxHolds  = 6
+	maxGroups = 5 // of each direction
+	maxRoots  = 3
+	maxHolds  = 4
 )
 
 func (r *planReport) print(p *page) {
 	for _, line := range r.Broken {
 		p.printf("%s %s\n", p.style("31", "Not as required:"), printable(line))
 	}
-	if len(r.Moves) == 0 && len(r.Stay) == 0 {
+	if len(r.Plan.Moves) == 0 && len(r.Blocked) == 0 {
 		p.printf("%s\n", p.style("32", "Every path lies where the policy wants it."))
 		return
 	}
@@ -197,7 +210,7 @@ func (r *planReport) print(p *page) {
 	if r.File != "" {
 		p.printf("Written to %s.\n", printable(r.File))
 	}
-	if len(r.Moves) > 0 && r.next != "" {
+	if len(r.Plan.Moves) > 0 && r.next != "" {
 		p.printf("Do it: %s\n", r.next)
 	}
 }
@@ -229,8 +242,8 @@ func (r *planReport) printGroups(p *page, kind plan.Kind) {
 			}
 			notes = append(notes, fmt.Sprintf("%s: %s", amount{g.Duplicates, g.DuplicateBytes}, where))
 		}
-		for _, n := range notes {
-			p.printf("      of these %s\n", n)
+		if len(notes) > 0 {
+			p.printf("      of these %s\n", strings.Join(notes, "; "))
 		}
 		if r.all {
 			r.printMoves(p, kind, g.Reason)
@@ -243,8 +256,8 @@ func (r *planReport) printGroups(p *page, kind plan.Kind) {
 
 func (r *planReport) printMoves(p *page, kind plan.Kind, why plan.Reason) {
 	var table [][]string
-	for _, m := range r.Moves {
-		if m.Kind == kind && m.Why == why {
+	for i := range r.Plan.Moves {
+		if m := &r.Plan.Moves[i]; m.Kind == kind && r.ReasonOf(m) == why {
 			note := ""
 			if m.Follows != "" {
 				note = "for the sake of " + shortPath(m.Follows)
@@ -290,12 +303,12 @@ func (r *planReport) printRoots(p *page) {
 }
 
 func (r *planReport) printStay(p *page) {
-	if len(r.Stay) == 0 {
+	if len(r.Blocked) == 0 {
 		return
 	}
-	sum := amount{Paths: len(r.Stay)}
-	for _, b := range r.Stay {
-		sum.Bytes += b.NarSize
+	sum := amount{Paths: len(r.Blocked)}
+	for i := range r.Blocked {
+		sum.Bytes += r.Blocked[i].NarSize
 	}
 	p.printf("%s %s:\n", p.style("33", "Cannot move"), sum)
 	for i, h := range r.Holds {

@@ -67,6 +67,9 @@ func onMachine(t *testing.T, backend string) {
 	lib := outside("root", "--no-out-link", expr("pub-lib"))
 	secret := outside("alice", "-o result", expr("secret-data", lib))
 	app := outside("alice", "--no-out-link", expr("pub-app", secret))
+	// The view covers this directory: what lies beneath holds a root all the same.
+	profile := outside("alice", "--no-out-link", expr("secret-profile"))
+	k.Must(t, "alice", "mkdir -p ~/.local/state/nix/profiles && nix-env -p ~/.local/state/nix/profiles/profile --set "+profile, "NIX_REMOTE=daemon")
 	deep := outside("root", "--no-out-link", expr("secret-deep"))
 	held := outside("root", "-o /root/held", expr("secret-held", deep))
 	boot := outside("root", "--no-out-link", expr("secret-boot"))
@@ -112,11 +115,19 @@ func onMachine(t *testing.T, backend string) {
 		t.Errorf("order: %q", moves)
 	}
 	slices.Sort(moves)
-	if want := []string{"release pub-built", "seal pub-app <secret-data", "seal secret-data"}; !slices.Equal(moves, want) {
+	if want := []string{"release pub-built", "seal pub-app <secret-data", "seal secret-data", "seal secret-profile"}; !slices.Equal(moves, want) {
 		t.Errorf("moves %q, want %q", moves, want)
 	}
-	if len(r.Roots) != 1 || r.Roots[0].Link != "/home/alice/result" || r.Roots[0].To != "home/work/links/home/alice/result" {
-		t.Errorf("roots %+v", r.Roots)
+	var roots []string
+	for _, x := range r.Roots {
+		roots = append(roots, x.Link+" to "+x.To)
+	}
+	slices.Sort(roots)
+	if want := []string{
+		"/home/alice/.local/state/nix/profiles/profile-1-link to home/state/profiles/profile-1-link",
+		"/home/alice/result to home/work/links/home/alice/result",
+	}; !slices.Equal(roots, want) {
+		t.Errorf("roots %q, want %q", roots, want)
 	}
 	var blocked []string
 	for _, b := range r.Blocked {
