@@ -8,9 +8,7 @@ import (
 	"strings"
 	"testing"
 
-	"overkeep/tests/bed"
 	"overkeep/tests/boundary"
-	"overkeep/tests/fixture"
 )
 
 // How much is tried. In CI every call of every command is a kill point, save those in
@@ -41,11 +39,13 @@ type command struct {
 
 // commands, in an order in which each leaves what the next begins with.
 var commands = []command{
-	{name: "seal", from: inSystem, to: inKeep, before: (*world).asBuiltOutside,
-		args: func(w *world) []string { return []string{"seal", "--keep", "alice", "--yes", w.first, w.drv} }},
+	{name: "seal", from: inSystem, to: inKeep, before: asBuiltOutside,
+		args: func(w *world) []string { return []string{"seal", "--keep", "alice", "--yes", w.first, w.drvs[0]} }},
 	{name: "release", from: inKeep, to: inSystem, before: permit,
-		args: func(w *world) []string { return []string{"release", "--keep", "alice", "--yes", w.top, w.topDrv} }},
-	{name: "apply that seals", from: inSystem, to: inKeep, before: (*world).asBuiltOutside, args: apply},
+		args: func(w *world) []string {
+			return append([]string{"release", "--keep", "alice", "--yes", w.top}, w.drvs...)
+		}},
+	{name: "apply that seals", from: inSystem, to: inKeep, before: asBuiltOutside, args: apply},
 	{name: "apply that releases", from: inKeep, to: inSystem, before: permit, args: apply},
 	{name: "undo of a release", from: inSystem, to: inKeep, before: nothing, args: undo},
 	{name: "undo of a seal", from: inKeep, to: inSystem, before: nothing, args: undo},
@@ -66,7 +66,7 @@ func named(name string) (found *command) { // panics when there is none
 
 // asBuiltOutside makes the paths in the system store look as if they had been built
 // there: with a root of alice's and a build log; the policy wants them in the keep.
-func (w *world) asBuiltOutside(t *testing.T) {
+func asBuiltOutside(t *testing.T, w *world) {
 	t.Helper()
 	w.policy(t, inKeep)
 	w.outside(t)
@@ -101,6 +101,16 @@ func (w *world) prepare(t *testing.T, c *command, at home) {
 	c.before(t, w)
 }
 
+// uneject takes an eject back: its roots would hold the paths in the system store.
+func (s *shard) uneject(t *testing.T) {
+	t.Helper()
+	s.w.overkeepOK(t, undo(s.w)...)
+	s.at = inKeep
+	st := s.w.look(t, false)
+	st.sound(t, s.w)
+	st.at(t, s.w, inKeep)
+}
+
 // recovery is what is done after a disturbance.
 type recovery struct {
 	name string
@@ -124,6 +134,8 @@ func recoveries(c *command) []recovery {
 	switch {
 	case c.name == "wipe":
 		return []recovery{again, through}
+	case c.name == "eject": // what holds what was ejected goes with an undo only
+		return []recovery{again}
 	case strings.HasPrefix(c.name, "undo"): // once more would undo what came before
 		return []recovery{through, backout}
 	case c.name == "seal", c.name == "release":
@@ -164,8 +176,7 @@ func (s *shard) trace(t *testing.T, c *command) (classes []string) {
 	if len(classes) != rep.Count || rep.Count == 0 {
 		t.Fatalf("%s: %d calls counted, %d traced", c.name, rep.Count, len(classes))
 	}
-	s.at = c.to
-	s.w.look(t, true).at(t, s.w, c.to)
+	s.settle(t, c, c.to)
 	return classes
 }
 
@@ -200,7 +211,7 @@ func (s *shard) kill(t *testing.T, c *command, n int) bool {
 		if r.Code != 0 {
 			t.Errorf("unharmed, and exit code %d\n%s%s", r.Code, r.Stdout, r.Stderr)
 		}
-		s.settle(t, c.to)
+		s.settle(t, c, c.to)
 		return false
 	}
 	s.tried++
@@ -235,14 +246,14 @@ func (s *shard) recover(t *testing.T, c *command, what string) {
 	if r := w.Overkeep(t, "", args...); r.Code != 0 {
 		t.Errorf("after %s: %s: exit code %d\n%s%s", what, rec.name, r.Code, r.Stdout, r.Stderr)
 	}
-	s.settle(t, want)
+	s.settle(t, c, want)
 	if t.Failed() {
 		t.Logf("after %s, then %s", what, rec.name)
 	}
 }
 
 // settle looks at what a command that ended well has left.
-func (s *shard) settle(t *testing.T, want home) {
+func (s *shard) settle(t *testing.T, c *command, want home) {
 	t.Helper()
 	w := s.w
 	if want == inKeep { // before anybody opens the databases
@@ -256,8 +267,11 @@ func (s *shard) settle(t *testing.T, want home) {
 		s.verified++
 	}
 	s.at = want
+	if c.name == "eject" {
+		s.uneject(t)
+	}
 	if t.Failed() { // the others are still to be tried
-		s.w.bring(t, s.at)
+		w.bring(t, s.at)
 	}
 }
 
@@ -313,7 +327,7 @@ func (s *shard) fail(t *testing.T, c *command, n int, errno string) {
 		}
 	}
 	if r.Code == 0 {
-		s.settle(t, c.to)
+		s.settle(t, c, c.to)
 		return
 	}
 	if r.Code > 127 || strings.TrimSpace(r.Stderr) == "" {
@@ -369,7 +383,7 @@ func TestPowerCut(t *testing.T) {
 		c := &commands[i]
 		var points []int
 		classes := s.trace(t, c)
-		for n, class := range classes {
+		for n := range classes {
 			journal := func(i int) bool { return i >= 0 && strings.HasSuffix(classes[i], " journal") }
 			if exhaustive || journal(n) || journal(n-1) {
 				points = append(points, n+1)
@@ -394,6 +408,3 @@ func TestPowerCut(t *testing.T) {
 		}
 	}
 }
-
-var _ = bed.Result{}
-var _ = fixture.Quote

@@ -51,10 +51,9 @@ type world struct {
 	canary  string
 	private []string // store paths
 	public  []string
-	top     string // the last output of the chain; result leads to it
-	first   string // the first output of the chain: everything else refers to it
-	drv     string // and the derivation of first, likewise
-	topDrv  string // has a build log
+	top     string   // the last output of the chain; result leads to it
+	first   string   // the first output of the chain: everything else refers to it
+	drvs    []string // of the outputs; each refers to the output before it. The last has a build log
 	hashes  []string
 	runs    int
 	searchN int
@@ -69,8 +68,6 @@ func newWorld(t *testing.T) *world {
 	w := &world{Keep: &fixture.Keep{Machine: bed.StartInMemory(t, bed.Forky)}, canary: "canary" + strings.ToLower(rand.Text())}
 	w.Install(t, bed.Binary(t))
 	w.Put(t, boundary.Binary(t), toolPath, 0o755)
-	// A quick kill of a command leaves the daemon's worker of that client behind for a
-	// moment, with its temporary roots; these are no part of what is tested here.
 	w.SystemNix(t)
 	w.MustOverkeep(t, 0, fixture.Passphrase, "init", "--user", "alice", "--work-factor", "10", "--passphrase-fd", "0",
 		"--recovery-out", "/run/recovery", "--yes", "--size", "96M")
@@ -95,28 +92,26 @@ func (w *world) fill(t *testing.T) {
 	w.public = []string{lib, tool}
 
 	c := w.canary
-	var drvs []string
-	make := func(name, script string, deps ...string) (drv, out string) {
+	make := func(name, script string, deps ...string) (out string) {
 		t.Helper()
 		w.runs++
 		file := fmt.Sprintf("/run/private-%d.nix", w.runs)
 		w.Write(t, file, build("priv-"+c+"-"+name, script, deps...))
-		drv = w.Alice(t, "nix-instantiate "+file+" 2>/dev/null")
+		drv := w.Alice(t, "nix-instantiate "+file+" 2>/dev/null")
 		out = w.Alice(t, "nix-store --realise "+drv+" 2>/dev/null")
-		drvs = append(drvs, drv)
+		w.drvs = append(w.drvs, drv)
 		w.private = append(w.private, out)
-		return drv, out
+		return out
 	}
-	firstDrv, first := make("a", "mkdir -p $out/d; echo "+c+"-first $deps > $out/d/f; ln $out/d/f $out/hard; ln -s d/f $out/link", lib)
-	_, middle := make("b", "echo "+c+"-middle $deps > $out", first)
-	topDrv, top := make("c", "mkdir $out; echo "+c+"-log; echo "+c+"-top $deps > $out/x; for i in 1 2 3; do echo $i "+c+" > $out/$i; done", middle, tool)
-	w.private = append(w.private, drvs...)
-	w.first, w.top, w.drv, w.topDrv = first, top, firstDrv, topDrv
+	w.first = make("a", "mkdir -p $out/d; echo "+c+"-first $deps > $out/d/f; ln $out/d/f $out/hard; ln -s d/f $out/link", lib)
+	middle := make("b", "echo "+c+"-middle $deps > $out", w.first)
+	w.top = make("c", "mkdir $out; echo "+c+"-log; echo "+c+"-top $deps > $out/x; for i in 1 2 3; do echo $i "+c+" > $out/$i; done", middle, tool)
+	w.private = append(w.private, w.drvs...)
 	for _, p := range w.private {
 		h, _, _ := strings.Cut(path.Base(p), "-")
 		w.hashes = append(w.hashes, h)
 	}
-	w.Alice(t, "ln -sfn "+top+" /run/overkeep/alice/k/nix/gcroots/moves-top 2>/dev/null || nix-store --realise "+top+" --add-root ~/keep/result >/dev/null")
+	w.Alice(t, "nix-store --realise "+w.top+" --add-root ~/keep/result >/dev/null")
 }
 
 // policy writes root's policy: what it wants of the private paths. It tells none of
@@ -131,21 +126,30 @@ func (w *world) policy(t *testing.T, want home) {
 	w.Write(t, policyFile, text)
 }
 
-// outsideRoot gives alice her result link outside the view, and a build log, as a
-// build in the system store would have.
+// outside gives alice her result link outside the view, and a build log, as a build
+// in the system store would have. No Nix client makes them: its worker would hold the
+// paths for a moment longer than the client lives.
 func (w *world) outside(t *testing.T) {
 	t.Helper()
-	drv := path.Base(w.topDrv)
-	w.Must(t, "root", "mkdir -p /nix/var/log/nix/drvs/"+drv[:2]+"; echo "+w.canary+"-log >/nix/var/log/nix/drvs/"+drv[:2]+"/"+drv[2:])
-	w.Must(t, "alice", "nix-store --realise "+w.top+" --add-root "+resultLink+" >/dev/null 2>&1")
+	drv := path.Base(w.drvs[len(w.drvs)-1])
+	w.Must(t, "root", "d=/nix/var/log/nix/drvs/"+drv[:2]+"; mkdir -p $d; echo "+w.canary+"-log >$d/"+drv[2:]+
+		"; ln -sfn "+w.top+" "+resultLink+"; chown -h alice: "+resultLink+
+		"; ln -sfn "+resultLink+" /nix/var/nix/gcroots/auto/00000000000000000000000000000000")
 }
 
 // disturb runs a command of overkeep as root under the boundary tool.
 func (w *world) disturb(t *testing.T, options string, args ...string) (boundary.Report, bed.Result) {
 	t.Helper()
+	return w.disturbIn(t, "", options, args...)
+}
+
+// disturbIn is disturb with standard input.
+func (w *world) disturbIn(t *testing.T, stdin, options string, args ...string) (boundary.Report, bed.Result) {
+	t.Helper()
 	w.runs++
 	file := fmt.Sprintf("/run/report.%d", w.runs)
-	r, err := w.Exec(bed.Command{Script: "exec boundary -report " + file + " " + options + " -- overkeep " + fixture.Quote(args...)})
+	r, err := w.Exec(bed.Command{Stdin: stdin,
+		Script: "exec boundary -report " + file + " " + options + " -- overkeep " + fixture.Quote(args...)})
 	if err != nil {
 		t.Fatalf("overkeep %q: %v", args, err)
 	}
