@@ -176,6 +176,9 @@ func (s *shard) trace(t *testing.T, c *command) (classes []string) {
 	if len(classes) != rep.Count || rep.Count == 0 {
 		t.Fatalf("%s: %d calls counted, %d traced", c.name, rep.Count, len(classes))
 	}
+	if c.to == inSystem { // what hidden finds nothing of later, it would find
+		s.w.shown(t)
+	}
 	s.settle(t, c, c.to)
 	return classes
 }
@@ -221,6 +224,8 @@ func (s *shard) kill(t *testing.T, c *command, n int) bool {
 	return true
 }
 
+const exitNoPath = 22
+
 // recover runs what comes after a disturbance, sometimes killed as well.
 func (s *shard) recover(t *testing.T, c *command, what string) {
 	t.Helper()
@@ -229,9 +234,6 @@ func (s *shard) recover(t *testing.T, c *command, what string) {
 	rec := all[s.rand.IntN(len(all))]
 	want := rec.want(c)
 	w.policy(t, want)
-	if rec.name == again.name {
-		c.before(t, w)
-	}
 	args := rec.args(c, w)
 	if s.rand.IntN(8) == 0 { // one of eight is killed in its turn, mostly early: recovery comes first
 		m := 1 + s.rand.IntN(1+s.rand.IntN(200))
@@ -243,7 +245,8 @@ func (s *shard) recover(t *testing.T, c *command, what string) {
 		s.twice++
 		w.look(t, false).safe(t, w)
 	}
-	if r := w.Overkeep(t, "", args...); r.Code != 0 {
+	// A seal or release that was finished by the recovery finds nothing to do, and says so.
+	if r := w.Overkeep(t, "", args...); r.Code != 0 && !(r.Code == exitNoPath && (c.name == "seal" || c.name == "release")) {
 		t.Errorf("after %s: %s: exit code %d\n%s%s", what, rec.name, r.Code, r.Stdout, r.Stderr)
 	}
 	s.settle(t, c, want)
@@ -271,7 +274,11 @@ func (s *shard) settle(t *testing.T, c *command, want home) {
 		s.uneject(t)
 	}
 	if t.Failed() { // the others are still to be tried
-		w.bring(t, s.at)
+		w.Must(t, "root", "find /nix/store -maxdepth 1 -name '*.lock' -delete; rm -f "+resultLink)
+		w.bring(t, inSystem)
+		w.bring(t, inKeep)
+		w.Overkeep(t, "", "wipe", "--keep", "alice")
+		s.at = inKeep
 	}
 }
 
