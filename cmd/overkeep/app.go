@@ -139,6 +139,7 @@ Exit codes (all of them: overkeep help exit-codes):
 	cmd.AddGroup(
 		&cobra.Group{ID: "daily", Title: "Every day:"},
 		&cobra.Group{ID: "policy", Title: "What is private, and why:"},
+		&cobra.Group{ID: "moves", Title: "Moving paths:"},
 		&cobra.Group{ID: "keys", Title: "Keys:"},
 		&cobra.Group{ID: "once", Title: "Once:"},
 		&cobra.Group{ID: "look", Title: "To look at:"},

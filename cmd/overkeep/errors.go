@@ -124,8 +124,10 @@ func explain(err error, h here) *problem {
 		p.Remedy = []remedy{{"Give it otherwise:", h.command(append(slices.Clone(h.line), strings.Fields(noTTY.flag)...)...)}}
 		return finish(p)
 	}
-	if p := explainPolicy(err, h); p != nil {
-		return finish(p)
+	for _, explain := range []func(error, here) *problem{explainMoves, explainPolicy} {
+		if p := explain(err, h); p != nil {
+			return finish(p)
+		}
 	}
 	e := keep.Classify(err)
 	if e.Code == keep.CodeInternal && errors.Is(err, context.Canceled) {

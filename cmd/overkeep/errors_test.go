@@ -73,7 +73,7 @@ func TestEveryCodeHasExitAndRemedy(t *testing.T) {
 			parses(t, r.Command)
 		}
 	}
-	if want := len(libraryCodes(t)) + len(policyCodes); len(exitOf) != want {
+	if want := len(libraryCodes(t)) + len(policyCodes) + len(moveCodes); len(exitOf) != want {
 		t.Errorf("exitOf has %d codes, the library and the policies %d", len(exitOf), want)
 	}
 }

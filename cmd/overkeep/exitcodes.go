@@ -35,6 +35,12 @@ const (
 	exitExpectation   = 21 // the policy does not do what is expected of it
 	exitNoPath        = 22 // the stores have no such path
 	exitNix           = 23 // Nix did not do what it was asked for
+	exitPlan          = 24 // a plan cannot be carried out: changed stores, or not what was written
+	exitLeft          = 25 // some paths did not move
+	exitNotPermitted  = 26 // the policy does not permit it
+	exitUnfinished    = 27 // a move stopped half way; the next command goes on
+	exitBlocked       = 28 // nothing of what was asked for can move
+	exitResidue       = 29 // something of sealed paths is left on the device
 )
 
 // exitTable is what `overkeep help exit-codes` and the man page show.
@@ -67,6 +73,12 @@ var exitTable = []struct {
 	{exitExpectation, "expectation", "The policy does not do what is expected of it."},
 	{exitNoPath, "no such path", "The stores have no such path."},
 	{exitNix, "nix", "Nix was asked and did not answer. Its own words are in the message."},
+	{exitPlan, "plan", "The plan is not what was written, or the stores have changed since. Nothing was done."},
+	{exitLeft, "left", "Some paths stay where they are; they are named. The others have moved."},
+	{exitNotPermitted, "not permitted", "The policy keeps a path private that would become readable. Nothing was done."},
+	{exitUnfinished, "unfinished", "A move stopped half way. Nothing is lost; the next command that moves goes on."},
+	{exitBlocked, "blocked", "Nothing of what was asked for can move; what holds it is named."},
+	{exitResidue, "residue", "Something of sealed paths could not be cleared from the system's disk."},
 }
 
 // exitOf is the exit code of every code of the library.
@@ -98,6 +110,10 @@ var exitOf = map[keep.Code]int{
 	codeExpectation:      exitExpectation,
 	codeNoPath:           exitNoPath,
 	codeNix:              exitNix,
+	codePlan:             exitPlan,
+	codeNotPermitted:     exitNotPermitted,
+	codeUnfinished:       exitUnfinished,
+	codeBlocked:          exitBlocked,
 }
 
 // exitLines renders the given codes, or all of them, one a line.

@@ -172,6 +172,7 @@ func (k Keep) Log() string         { return k.in("log") }
 func (k Keep) Policy() string      { return k.in("policy") }     // the user's drop-ins, *.policy
 func (k Keep) Provenance() string  { return k.in("provenance") } // recorded origins
 func (k Keep) Facts() string       { return k.in("facts") }      // what was found out and may be found out again
+func (k Keep) Journal() string     { return k.in("journal") }    // moves between the stores, under way and done
 func (k Keep) Builds() string      { return k.in("builds") }
 func (k Keep) DaemonHome() string  { return k.in("daemon") }
 func (k Keep) Tmp() string         { return k.in("tmp") }

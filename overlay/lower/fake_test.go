@@ -144,7 +144,7 @@ func (f *fake) serve(n int, c net.Conn) error {
 				vals = append(vals, fmt.Sprint(x))
 			}
 			args = []string{strings.Join(vals, ",")}
-		case opQueryAllValidPaths:
+		case opQueryAllValidPaths, opFindRoots:
 		case opQueryValidPaths:
 			if err := w.list(maxList, func(s string) error { args = append(args, s); return nil }); err != nil {
 				return err
@@ -215,6 +215,8 @@ func (f *fake) perform(n int, op Op, args []string) msg {
 		}
 		slices.Sort(all)
 		return m.list(all)
+	case opFindRoots:
+		return m.num(2).str("/proc/7/exe").str(p("x")).str("/home/\xff\n").str(p("y"))
 	case opQueryPathFromHashPart:
 		return m.str(p("x"))
 	case opQueryRealisation:

@@ -133,6 +133,7 @@ type result struct {
 	text   string // its message
 	number uint64 // IsValidPath, AddTempRoot; QueryPathInfo: valid or not
 	paths  []string
+	roots  []Root
 }
 
 // readReply reads the whole reply to an operation. When collect is false lists
@@ -159,6 +160,8 @@ func readReply(w *wire, op Op, collect bool) (result, error) {
 		}
 	case opQueryReferrers, opQueryValidDerivers, opQueryValidPaths, opQueryAllValidPaths, opQueryRealisation:
 		err = w.list(maxReplyList, each)
+	case opFindRoots:
+		r.roots, err = readRoots(w)
 	case opQueryPathFromHashPart:
 		_, err = w.bytes(maxString)
 	default:

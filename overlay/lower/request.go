@@ -24,7 +24,10 @@ const (
 	opQueryValidDerivers    Op = 33
 	opQueryRealisation      Op = 43
 
-	opAddTempRoot Op = 11 // ours only: a client's would write any name to disk
+	// Ours only. A client's temp root would write any name to disk, and the roots of the
+	// system are nobody's business who may only read its store.
+	opAddTempRoot Op = 11
+	opFindRoots   Op = 14
 )
 
 var opNames = map[Op]string{
@@ -69,7 +72,7 @@ func (q request) encode() msg {
 	switch q.op {
 	case opSetOptions:
 		return append(m, neutralOptions...)
-	case opQueryAllValidPaths:
+	case opQueryAllValidPaths, opFindRoots:
 		return m
 	case opQueryValidPaths:
 		return m.list(q.paths).num(0) // never substitute

@@ -67,6 +67,7 @@ func TestHostileRequests(t *testing.T) {
 		"setting over the bound": append(num(19), neutralOptions[:96]...).num(1).str("a").num(maxSetting + 1),
 		"write":                  num(7).str("x"),
 		"client's temp root":     num(11).str(path),
+		"client asks for roots":  num(14),
 	} {
 		_, err := parse(b)
 		var refused *RefusedError
@@ -84,6 +85,7 @@ func TestHostileRequests(t *testing.T) {
 }
 
 func TestHostileReplies(t *testing.T) {
+	path := p("x")
 	num := func(n uint64) msg { return msg(nil).num(n) }
 	for name, tc := range map[string]struct {
 		op Op
@@ -104,6 +106,14 @@ func TestHostileReplies(t *testing.T) {
 		"list without end":      {opQueryAllValidPaths, num(stderrLast).num(1 << 60)},
 		"half a path info":      {opQueryPathInfo, num(stderrLast).num(1).str("").str("00")},
 		"unknown operation":     {opAddTempRoot + 1, num(stderrLast)},
+		"roots without end":     {opFindRoots, num(stderrLast).num(1 << 60)},
+		"more roots than said":  {opFindRoots, num(stderrLast).num(2).str("/l").str(path)},
+		"half a root":           {opFindRoots, num(stderrLast).num(1).str("/l")},
+		"a long link":           {opFindRoots, num(stderrLast).num(1).str(strings.Repeat("x", maxRootLink+1)).str(path)},
+		"a root of no path":     {opFindRoots, num(stderrLast).num(1).str("/l").str("/etc/passwd")},
+		"a root inside a path":  {opFindRoots, num(stderrLast).num(1).str("/l").str(path + "/bin")},
+		"a relative root":       {opFindRoots, num(stderrLast).num(1).str("/l").str(path[1:])},
+		"an empty root":         {opFindRoots, num(stderrLast).num(1).str("/l").str("")},
 	} {
 		w := wireOf(tc.b)
 		w.begin(maxReply, nil)
@@ -305,6 +315,7 @@ func FuzzReadReply(f *testing.F) {
 	f.Add(uint32(26), []byte(msg(nil).num(stderrLast).num(1).str("").str("00").list(nil).num(1).num(2).num(0).list(nil).str("")))
 	f.Add(uint32(31), []byte(msg(nil).num(stderrLast).list([]string{p("x")})))
 	f.Add(uint32(1), []byte(errorFrame("no")))
+	f.Add(uint32(14), []byte(msg(nil).num(stderrLast).num(1).str("{temp:7}").str(p("x"))))
 	f.Fuzz(func(t *testing.T, op uint32, b []byte) {
 		var kept buffer
 		w := wireOf(b)

@@ -44,7 +44,11 @@ type superviseRequest struct {
 // systemGCLock is held by the system's collector while it runs (gc.cc).
 const systemGCLock = "/nix/var/nix/gc.lock"
 
-const fdLowerDir = 3 // the system store, below the overlay
+// Descriptors that it is given; Keep.Outside opens them through /proc.
+const (
+	fdLowerDir = 3 // the system store, below the overlay
+	fdHostRoot = 4 // the root directory outside of the view
+)
 
 type supervisor struct {
 	superviseRequest
@@ -434,6 +438,16 @@ func (s *supervisor) obey(line string, answer io.Writer) (last bool) {
 		if s.resume() == nil {
 			fmt.Fprintln(answer, "serving")
 		}
+	case "pin":
+		ctx, done := context.WithTimeout(context.Background(), killGrace)
+		defer done()
+		if _, err := s.pinner.Add(ctx); err != nil {
+			fmt.Fprintln(answer, "pins that could not be written")
+		} else {
+			fmt.Fprintln(answer, settled)
+		}
+	case "settle":
+		fmt.Fprintln(answer, s.settle())
 	case "stop":
 		s.stopping.Do(func() {
 			s.drain()

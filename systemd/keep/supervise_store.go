@@ -206,10 +206,27 @@ func minimal(g nixdb.Graph, valid []string) []string {
 	return pins.Roots(valid, refs)
 }
 
-// settle is how long the database is left alone after a change, pinAgain when
+// settle brings the pins up to date now, for whoever moved paths, and says "settled" or
+// what it waits for.
+func (s *supervisor) settle() string {
+	ctx, done := context.WithTimeout(context.Background(), killGrace)
+	defer done()
+	if err := s.prune(ctx); errors.Is(err, unix.EWOULDBLOCK) {
+		return "a personal collection"
+	}
+	switch r, err := s.pinner.Exact(ctx); {
+	case err != nil:
+		return "pins that could not be written"
+	case r.Deferred > 0:
+		return "a system collection"
+	}
+	return settled
+}
+
+// pinPause is how long the database is left alone after a change, pinAgain when
 // pins that could not be brought up to date are tried again.
 const (
-	settle   = time.Second
+	pinPause = time.Second
 	pinAgain = 3 * time.Second
 )
 
@@ -236,7 +253,7 @@ func (s *supervisor) watchPins(ctx context.Context) {
 			s.changed.Store(true)
 			// A build writes many times. Its connection holds temporary roots until the
 			// pins are written anyway; this is for what outlives it by a power cut.
-			if sleep(ctx, settle) != nil {
+			if sleep(ctx, pinPause) != nil {
 				continue // to the end of the channel, which the watch itself closes
 			}
 		case <-again:

@@ -244,15 +244,20 @@ func (k *Keep) startSupervisor(ctx context.Context, ns *view.Namespace, u view.U
 	defer inW.Close()
 	defer inR.Close()
 	// The system store as the host sees it: below the overlay, to see it grow.
-	lowerDir, err := os.Open(layout.NixStore)
+	lowerDir, err := openStore()
 	if err != nil {
 		return err
 	}
 	defer lowerDir.Close()
+	root, err := openRoot()
+	if err != nil {
+		return err
+	}
+	defer root.Close()
 	cmd := exec.Command(k.m.Exe, "internal", "supervise")
 	cmd.Args[0] = "overkeep"
 	cmd.Stdin = inR
-	cmd.ExtraFiles = []*os.File{lowerDir}
+	cmd.ExtraFiles = []*os.File{fdLowerDir - 3: lowerDir, fdHostRoot - 3: root}
 	cmd.Env = childEnv(os.Environ())
 	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true}
 	out, err := cmd.StdoutPipe()

@@ -23,8 +23,8 @@ var arrows = map[string][]string{
 var guarded = map[string][]string{
 	"golang.org/x/sys/unix": {
 		"cmd/...", "crypt/crashpoint", "crypt/secret", "crypt/slot", "crypt/volume",
-		"overlay/holder", "overlay/lower", "overlay/nixdb", "overlay/pins", "overlay/provenance", "overlay/roots",
-		"overlay/signature", "overlay/verdict", "overlay/view",
+		"overlay/cache", "overlay/gcroot", "overlay/holder", "overlay/lower", "overlay/move", "overlay/nixdb", "overlay/pins",
+		"overlay/provenance", "overlay/roots", "overlay/signature", "overlay/tree", "overlay/verdict", "overlay/view", "overlay/wipe",
 		"systemd/doctor", "systemd/keep", "tests/...",
 	},
 	"syscall":                     {"cmd/...", "crypt/crashpoint", "systemd/keep", "tests/..."},

@@ -31,5 +31,7 @@ const char *ok_message(sqlite3 *db);
 int ok_reset(sqlite3_stmt *stmt);
 void ok_finalize(sqlite3_stmt *stmt);
 int ok_close(sqlite3 *db);
+int ok_raw_size(sqlite3 *db, int64_t *size);
+int ok_raw_read(sqlite3 *db, void *to, int amount, int64_t offset);
 
 #endif

@@ -1,0 +1,336 @@
+package move
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"overkeep/overlay/layout"
+	"overkeep/overlay/nixdb"
+	"overkeep/overlay/plan"
+	"overkeep/overlay/wipe"
+)
+
+// CleanResult says what was done so that nothing sealed is left on the system store's
+// device, and what was not.
+type CleanResult struct {
+	Files    wipe.Report       `json:"files"` // what was overwritten in the store
+	Logs     wipe.Report       `json:"logs"`  // and of build logs
+	Derivers int               `json:"derivers"`
+	Database nixdb.ScrubResult `json:"database"`
+	Slack    wipe.SlackReport  `json:"slack"`
+	Devices  []CleanedDevice   `json:"devices"`
+	// Left says what could not be done, and why; empty means that a search of the
+	// devices finds nothing.
+	Left []string `json:"left,omitempty"`
+}
+
+// CleanedDevice is the file system that holds a directory.
+type CleanedDevice struct {
+	Dir string `json:"dir"`
+	wipe.DeviceReport
+}
+
+// clean removes what is left of what this operation took out of the system store.
+func (r *run) clean(ctx context.Context) (*CleanResult, error) {
+	var paths []string
+	for _, m := range r.op.Moves {
+		if m.Kind == plan.Seal && r.moved[m.Path] || m.Kind == plan.Release && !r.moved[m.Path] {
+			paths = append(paths, m.Path)
+		}
+	}
+	drvs := map[string]bool{}
+	for _, row := range r.sealed {
+		if strings.HasSuffix(row.Path, ".drv") {
+			drvs[base(row.Path)] = true
+		}
+		if row.Deriver != "" {
+			drvs[base(row.Deriver)] = true
+		}
+	}
+	var links []string
+	for _, m := range r.res.Roots {
+		links = append(links, filepath.Dir(m.From))
+	}
+	c, err := r.World.clean(ctx, paths, keys(drvs), links)
+	if c != nil {
+		c.Files = r.wiped
+	}
+	return c, err
+}
+
+func keys(m map[string]bool) (out []string) {
+	for k := range m {
+		out = append(out, k)
+	}
+	slices.Sort(out)
+	return out
+}
+
+// clean removes all that names paths, and the logs of drvs (base names), from the
+// system's side. dirs are more directories whose file systems held something.
+func (w *World) clean(ctx context.Context, paths, drvs, dirs []string) (*CleanResult, error) {
+	c := &CleanResult{Devices: []CleanedDevice{}}
+	note := func(what string, err error) { c.Left = append(c.Left, fmt.Sprintf("%s: %v", what, err)) }
+	// What is valid in the system store by now is no secret of ours.
+	rows, err := valid(ctx, w.systemDB(), paths)
+	if err != nil {
+		return c, err
+	}
+	var names [][]byte
+	sealed := map[string]bool{}
+	for _, p := range paths {
+		if _, ok := rows[p]; ok {
+			continue
+		}
+		sealed[base(p)] = true
+		names = append(names, hashPart(p))
+	}
+	var private []string // derivations that are not in the system store
+	known, err := valid(ctx, w.systemDB(), inStore(drvs))
+	if err != nil {
+		return c, err
+	}
+	for _, d := range drvs {
+		if _, ok := known["/nix/store/"+d]; !ok || sealed[d] {
+			private = append(private, d)
+		}
+	}
+	if c.Logs, err = w.cleanLogs(ctx, drvs); err != nil {
+		if ctx.Err() != nil {
+			return c, err
+		}
+		note("build logs", err)
+	}
+	if c.Derivers, err = nixdb.ClearDeriver(ctx, w.systemDB(), inStore(private)); err != nil {
+		note("derivers in Nix's database", err)
+	}
+	for _, d := range private {
+		names = append(names, hashPart(d))
+	}
+	slices.SortFunc(names, bytes.Compare)
+	names = slices.CompactFunc(names, bytes.Equal)
+	if c.Database, err = nixdb.Scrub(ctx, w.systemDB(), names); err != nil {
+		note("Nix's database", err)
+	}
+	if c.Slack, err = wipe.Slack(ctx, w.Lower, names); err != nil {
+		note("directory of the store", err)
+	}
+	seen := map[uint64]bool{}
+	device := func(name string, dir *os.File) {
+		var st unix.Stat_t
+		if err := unix.Fstat(int(dir.Fd()), &st); err != nil || seen[uint64(st.Dev)] {
+			return
+		}
+		seen[uint64(st.Dev)] = true
+		rep, err := wipe.Device(ctx, dir)
+		if err != nil {
+			note("device of "+name, err)
+		}
+		if rep.Trim != wipe.Done || rep.Checkpoint != wipe.Done {
+			c.Left = append(c.Left, rep.Notes...)
+		}
+		c.Devices = append(c.Devices, CleanedDevice{name, rep})
+	}
+	device("/nix/store", w.Lower)
+	for _, d := range append([]string{filepath.Join(w.System, "db"), "/nix/var/log/nix", "/nix/var/nix/gcroots"}, dirs...) {
+		f, err := w.Outside(d)
+		if err != nil {
+			continue // gone, and with it what was there
+		}
+		device(d, f)
+		f.Close()
+	}
+	return c, ctx.Err()
+}
+
+func inStore(bases []string) (out []string) {
+	for _, b := range bases {
+		out = append(out, "/nix/store/"+b)
+	}
+	return out
+}
+
+// Outside opens a directory of the machine as it is outside the view.
+func (w *World) Outside(dir string) (*os.File, error) {
+	fd, err := unix.Openat2(int(w.Host.Fd()), strings.TrimPrefix(dir, "/"), &unix.OpenHow{
+		Flags: unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS})
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: dir, Err: err}
+	}
+	return os.NewFile(uintptr(fd), dir), nil
+}
+
+// maxLog bounds the log that is carried over; a longer one is wiped all the same.
+const maxLog = 1 << 30
+
+// cleanLogs carries the build logs of derivations into the keep, where `nix log` in the
+// view finds them, and wipes them outside.
+func (w *World) cleanLogs(ctx context.Context, drvs []string) (wipe.Report, error) {
+	logs, err := w.Outside("/nix/var/log/nix")
+	if errors.Is(err, unix.ENOENT) {
+		return wipe.Report{}, nil
+	}
+	if err != nil {
+		return wipe.Report{}, err
+	}
+	defer logs.Close()
+	for _, d := range drvs {
+		for _, suffix := range []string{"", ".bz2"} {
+			if err := w.keepLog(logs, d, suffix); err != nil {
+				return wipe.Report{}, err
+			}
+		}
+	}
+	return wipe.Logs(ctx, logs, drvs)
+}
+
+// keepLog copies one log, if it is there and the keep has none.
+func (w *World) keepLog(logs *os.File, drv, suffix string) error {
+	rel := filepath.Join("drvs", drv[:2], drv[2:]+suffix)
+	fd, err := unix.Openat2(int(logs.Fd()), rel, &unix.OpenHow{Flags: unix.O_RDONLY | unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_CLOEXEC,
+		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS})
+	if errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	from := os.NewFile(uintptr(fd), "build log")
+	defer from.Close()
+	dir := filepath.Join(w.Keep.Log(), "drvs", drv[:2])
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	name := filepath.Join(dir, drv[2:]+suffix)
+	if _, err := os.Lstat(name); err == nil {
+		return nil
+	}
+	to, err := os.OpenFile(name+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY|unix.O_NOFOLLOW, 0o644)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(to, io.LimitReader(from, maxLog))
+	if err == nil {
+		err = fsync(to)
+	}
+	if err := errors.Join(err, to.Close()); err != nil {
+		_ = os.Remove(to.Name())
+		return err
+	}
+	return os.Rename(to.Name(), name)
+}
+
+// Wipe removes what the system's side still tells of paths that have been sealed
+// before and of private, which are paths of the keep.
+func (w *World) Wipe(ctx context.Context, private []nixdb.Info) (*CleanResult, error) {
+	past, err := w.History()
+	if err != nil {
+		return nil, err
+	}
+	paths, drvs := map[string]bool{}, map[string]bool{}
+	add := func(rows []nixdb.Info) {
+		for _, row := range rows {
+			paths[row.Path] = true
+			if strings.HasSuffix(row.Path, ".drv") {
+				drvs[base(row.Path)] = true
+			} else if row.Deriver != "" {
+				drvs[base(row.Deriver)] = true
+			}
+		}
+	}
+	for _, p := range past {
+		add(p.Sealed)
+	}
+	add(private)
+	stage, err := newStage()
+	if err != nil {
+		return nil, err
+	}
+	j, err := create(w.journals(), event{Kind: Wipe, Stage: stage})
+	if err != nil {
+		return nil, err
+	}
+	defer j.close()
+	c, err := w.clean(ctx, keys(paths), keys(drvs), nil)
+	if err != nil {
+		return c, errors.Join(err, j.add(event{Type: evEnd}))
+	}
+	if err := j.add(event{Type: evCleaned, Result: c}); err != nil {
+		return c, err
+	}
+	return c, j.add(event{Type: evEnd})
+}
+
+// OwnRows are the rows of all paths that lie in an open keep and not in the system
+// store: no other place may name them.
+func OwnRows(ctx context.Context, k layout.Keep) ([]nixdb.Info, error) {
+	db := filepath.Join(k.NixDB(), "db.sqlite")
+	if _, err := os.Stat(db); errors.Is(err, os.ErrNotExist) {
+		return nil, nil // nothing was ever built
+	}
+	all, err := nixdb.ReadLayered(ctx, db, k.Upper())
+	if err != nil {
+		return nil, err
+	}
+	var own []string
+	for i, p := range all.Paths {
+		if all.Own[i] {
+			own = append(own, p)
+		}
+	}
+	rows, err := valid(ctx, db, own)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]nixdb.Info, 0, len(rows))
+	for _, p := range own {
+		if row, ok := rows[p]; ok {
+			out = append(out, row)
+		}
+	}
+	return out, nil
+}
+
+// Names are the hash parts that the system's side may not hold: of private, and of all
+// that was sealed before, unless the system store has them.
+func (w *World) Names(ctx context.Context, private []nixdb.Info) ([][]byte, error) {
+	past, err := w.History()
+	if err != nil {
+		return nil, err
+	}
+	paths := map[string]bool{}
+	for _, row := range private {
+		paths[row.Path] = true
+	}
+	for _, p := range past {
+		for _, row := range p.Sealed {
+			paths[row.Path] = true
+		}
+	}
+	rows, err := valid(ctx, w.systemDB(), keys(paths))
+	if err != nil {
+		return nil, err
+	}
+	var out [][]byte
+	for _, p := range keys(paths) {
+		if _, ok := rows[p]; !ok {
+			out = append(out, hashPart(p))
+		}
+	}
+	return out, nil
+}
+
+// hashPart is what identifies a path, and what nothing else looks like.
+func hashPart(path string) []byte {
+	hash, _, _ := strings.Cut(base(path), "-")
+	return []byte(hash)
+}
