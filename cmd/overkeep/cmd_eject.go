@@ -2,15 +2,19 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
 	"overkeep/overlay/cache"
 	"overkeep/overlay/move"
+	"overkeep/overlay/nixdb"
 	"overkeep/systemd/keep"
 )
 
@@ -171,4 +175,25 @@ func (m *mover) makeOutside(dir string) (*os.File, error) {
 		return nil, &os.PathError{Op: "open", Path: dir, Err: err}
 	}
 	return os.NewFile(uintptr(fd), dir), nil
+}
+
+// closure reads the rows of paths and of all they refer to from the keep, as a binary
+// cache takes them.
+func (m *planner) closure(ctx context.Context, paths []string) ([]cache.Info, error) {
+	if len(paths) == 0 {
+		return nil, nil
+	}
+	rows, err := nixdb.ReadClosure(ctx, filepath.Join(m.keep.NixDB(), "db.sqlite"), paths)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]cache.Info, 0, len(rows))
+	for _, r := range rows {
+		hash, err := hex.DecodeString(strings.TrimPrefix(r.NarHash, "sha256:"))
+		if err != nil || len(hash) != sha256.Size {
+			return nil, fmt.Errorf("%q has no NAR hash", r.Path)
+		}
+		out = append(out, cache.Info{Path: r.Path, NarHash: [32]byte(hash), NarSize: r.NarSize, Refs: r.Refs, Deriver: r.Deriver, Sigs: r.Sigs, CA: r.CA})
+	}
+	return out, nil
 }

@@ -73,12 +73,12 @@ var exitTable = []struct {
 	{exitExpectation, "expectation", "The policy does not do what is expected of it."},
 	{exitNoPath, "no such path", "The stores have no such path."},
 	{exitNix, "nix", "Nix was asked and did not answer. Its own words are in the message."},
-	{exitPlan, "plan", "The plan is not what was written, or the stores have changed since. Nothing was done."},
-	{exitLeft, "left", "Some paths stay where they are; they are named. The others have moved."},
-	{exitNotPermitted, "not permitted", "The policy keeps a path private that would become readable. Nothing was done."},
-	{exitUnfinished, "unfinished", "A move stopped half way. Nothing is lost; the next command that moves goes on."},
-	{exitBlocked, "blocked", "Nothing of what was asked for can move; what holds it is named."},
-	{exitResidue, "residue", "Something of sealed paths could not be cleared from the system's disk."},
+	{exitPlan, "plan", "The plan is not what was written, or the stores changed since."},
+	{exitLeft, "left", "Some paths stay where they are; they are named."},
+	{exitNotPermitted, "not permitted", "The policy keeps a path private that would become readable."},
+	{exitUnfinished, "unfinished", "A move stopped half way; the next command that moves goes on."},
+	{exitBlocked, "blocked", "Nothing of it can move; what holds it is named."},
+	{exitResidue, "residue", "Something of sealed paths is left on the system's disk."},
 }
 
 // exitOf is the exit code of every code of the library.

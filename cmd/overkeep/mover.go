@@ -33,16 +33,21 @@ func (m *mover) add(a *app, cmd *cobra.Command) {
 // open finds the keep, comes back in its view, and sets right what was interrupted. With
 // --dry-run it changes nothing and leaves the journal's lock alone.
 func (m *mover) open(ctx context.Context, a *app) error {
-	if err := m.planner.find(ctx, a); err != nil {
+	if err := m.planner.find(a); err != nil {
 		return err
 	}
 	if m.dryRun {
 		return nil
 	}
+	// A keep that nothing was built in has none yet.
+	if err := m.keep.CreateDatabase(ctx); err != nil {
+		return err
+	}
 	var err error
 	if m.out, err = m.keep.Outside(); err != nil {
 		return err
 	}
+	m.host = fmt.Sprintf("/proc/self/fd/%d", m.out.Root.Fd())
 	places := move.Places{Keep: m.keep.Keep, Lower: m.out.Store, Host: m.out.Root, System: "/nix/var/nix", Links: m.links()}
 	m.w, err = move.Open(places, move.Hooks{
 		Roots:    m.roots,
@@ -189,7 +194,11 @@ func (r *movedReport) print(p *page) {
 		p.printf("  left: %s\n        %s\n", printable(l.Path), printable(strings.TrimSpace(leftWords[l.Why]+" "+l.By)))
 	}
 	for _, m := range r.Roots {
-		p.printf("  %s is in the keep now: %s\n", printable(m.From), printable(m.To))
+		where := "in the keep now:"
+		if m.Back {
+			where = "where it was again:"
+		}
+		p.printf("  %s is %s %s\n", printable(m.From), where, printable(m.To))
 	}
 	printCleaned(p, r.Clean)
 }

@@ -7,10 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/user"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -75,27 +73,8 @@ func (p *planner) find(a *app) error {
 	if err := p.keep.InView(); err != nil {
 		return err
 	}
-	p.user, err = userOf(p.keep)
+	p.user, err = p.keep.User()
 	return err
-}
-
-// userOf is the keep's user, as the view was made for.
-func userOf(k *keep.Keep) (view.User, error) {
-	u, err := user.Lookup(k.Header.User)
-	if err != nil {
-		return view.User{}, &keep.Error{Code: keep.CodeForeign, Name: k.Header.User, Message: err.Error()}
-	}
-	uid, uerr := strconv.Atoi(u.Uid)
-	gid, gerr := strconv.Atoi(u.Gid)
-	if uerr != nil || gerr != nil || uid != k.Header.UID {
-		return view.User{}, &keep.Error{Code: keep.CodeForeign, Name: k.Header.User,
-			Message: fmt.Sprintf("keep %q was made for user %q with uid %d, who now has uid %s", k.Name, k.Header.User, k.Header.UID, u.Uid)}
-	}
-	home, err := filepath.EvalSymlinks(u.HomeDir)
-	if err != nil {
-		home = u.HomeDir
-	}
-	return view.User{Name: u.Username, UID: uid, GID: gid, Home: home}, nil
 }
 
 // place is whose roots move along.
@@ -132,10 +111,29 @@ func (p *planner) chosen(ctx context.Context, a *app, seal, release []string) (*
 	if in.Seal, err = p.named(ctx, w, seal, graph.Lower); err != nil {
 		return nil, err
 	}
+	in.Seal = append(in.Seal, makers(w.Graph, in.Seal)...)
 	if in.Release, err = p.named(ctx, w, release, graph.Upper); err != nil {
 		return nil, err
 	}
 	return p.decide(ctx, a, w, in)
+}
+
+// makers are the derivations in the system store that make paths: their text names
+// what they make, and so would tell of it.
+func makers(g *graph.Graph, ids []graph.ID) (out []graph.ID) {
+	made := graph.NewBits(g.Len())
+	for _, id := range ids {
+		made.Set(id)
+	}
+	for d := range g.Len() {
+		for _, o := range g.Outs[g.OutOff[d]:g.OutOff[d+1]] {
+			if made.Has(o) && g.Flags[d]&graph.Lower != 0 {
+				out = append(out, graph.ID(d))
+				break
+			}
+		}
+	}
+	return out
 }
 
 // exact makes a plan of these store paths and no others, whatever the policy says: it is
@@ -165,9 +163,6 @@ func (p *planner) exact(ctx context.Context, a *app, seal, release []string) (_ 
 // load reads both stores, and has the policy decide; plan.Exact asks none.
 func (p *planner) load(ctx context.Context, a *app, mode plan.Mode) (*verdict.World, plan.Input, error) {
 	in := plan.Input{Mode: mode}
-	if err := p.fresh(); err != nil {
-		return nil, in, err
-	}
 	if mode == plan.Exact {
 		a.ui.progress("reading the stores")
 		w, err := loaded(ctx, p.sight.input)
@@ -185,17 +180,6 @@ func (p *planner) load(ctx context.Context, a *app, mode plan.Mode) (*verdict.Wo
 	in.Policy = policyDigest(p.sight.sources)
 	in.Verdicts, err = settled(ctx, func() *policy.Verdicts { return w.Decide(pol) })
 	return w, in, err
-}
-
-// fresh leaves the keep's store out as long as nobody has used it: Nix makes its
-// database for the first client.
-func (p *planner) fresh() error {
-	_, err := os.Lstat(filepath.Join(p.keep.NixDB(), "db.sqlite"))
-	if errors.Is(err, os.ErrNotExist) {
-		p.sight.input.Stores = slices.DeleteFunc(p.sight.input.Stores, func(s facts.Store) bool { return s.Layer == graph.Upper })
-		return nil
-	}
-	return err
 }
 
 // decide makes the plan of what load and others have brought together.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -96,6 +97,10 @@ func (s *sight) place(a *app) error {
 		return err
 	}
 	a.keep, s.of, s.input = name, &k, verdict.View(k)
+	if !exists(filepath.Join(k.NixDB(), "db.sqlite")) {
+		// Nix makes it for the first client: nothing was built yet.
+		s.input.Stores = slices.DeleteFunc(s.input.Stores, func(st facts.Store) bool { return st.Layer == graph.Upper })
+	}
 	if os.Geteuid() != 0 {
 		// The upper directory is root's; the databases tell nearly as well where a path lies.
 		for i := range s.input.Stores {

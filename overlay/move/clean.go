@@ -121,6 +121,9 @@ func (w *World) clean(ctx context.Context, paths, drvs, dirs []string) (*CleanRe
 	if c.Database, err = nixdb.Scrub(ctx, w.systemDB(), names); err != nil {
 		note("Nix's database", err)
 	}
+	if c.Database.Live > 0 {
+		c.Left = append(c.Left, "Nix's database names them still: a derivation that makes them is in the system store (seal it, too)")
+	}
 	if c.Slack, err = wipe.Slack(ctx, w.Lower, names); err != nil {
 		note("directory of the store", err)
 	}

@@ -179,8 +179,11 @@ func (r *run) unplace(ctx context.Context, b *batch, paths []string) error {
 // dropUpper removes the keep's copies of what is valid in the system store, after it
 // has been seen to that the keep holds on to it there.
 func (r *run) dropUpper(ctx context.Context, b *batch, paths []string) error {
-	if err := r.holdReleased(b, paths); err != nil {
-		return err
+	// What comes back, or goes for good, has the roots that it had.
+	if r.op.Kind != Undo && r.op.Kind != Eject {
+		if err := r.holdReleased(b, paths); err != nil {
+			return err
+		}
 	}
 	for _, rec := range b.roots {
 		if slices.Contains(paths, rec.Path) {
@@ -222,7 +225,7 @@ func (r *run) restoreRoot(rec gcroot.Record) error {
 	if err := r.Links.Drop(rec); err != nil && !errors.Is(err, gcroot.ErrChanged) {
 		return err
 	}
-	r.res.Roots = append(r.res.Roots, RootMoved{From: rec.To, To: rec.Link})
+	r.res.Roots = append(r.res.Roots, RootMoved{From: rec.To, To: rec.Link, Back: true})
 	return nil
 }
 

@@ -63,6 +63,7 @@ type Result struct {
 type RootMoved struct {
 	From string `json:"from"`
 	To   string `json:"to"`
+	Back bool   `json:"back,omitempty"` // out of the keep again
 }
 
 // Batches are small enough that the system's collector lock is held for a second or

@@ -78,6 +78,11 @@ func (t *target) down(name string) error {
 			return fail("chown", err)
 		}
 	}
+	if st.Mode&0o700 != 0o700 { // an odd umask
+		if err := again(func() error { return unix.Fchmod(fd, 0o700) }); err != nil {
+			return fail("chmod", err)
+		}
+	}
 	return nil
 }
 

@@ -681,6 +681,13 @@ func TestCopyProperty(t *testing.T) {
 			r.Fatalf("restored: %+v, %v", back, err)
 		}
 		canonical(t, filepath.Join(to, name))
+		room, err := Room(dst)
+		must(t, err)
+		need, err := Usage(t.Context(), src, name, room.BlockSize)
+		must(t, err)
+		if have, inodes := blocks(t, filepath.Join(to, name)); have*512 > need.Blocks*need.BlockSize || inodes != need.Inodes {
+			r.Fatalf("%d bytes, %d inodes; Usage said %+v", have*512, inodes, need)
+		}
 	})
 }
 

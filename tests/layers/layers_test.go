@@ -29,7 +29,7 @@ var guarded = map[string][]string{
 	},
 	"syscall":                     {"cmd/...", "crypt/crashpoint", "systemd/keep", "tests/..."},
 	"os/exec":                     {"cmd/...", "crypt/volume", "overlay/view", "systemd/doctor", "systemd/keep", "tests/..."},
-	"unsafe":                      {"crypt/volume", "overlay/holder", "overlay/nixdb/batch", "tests/..."},
+	"unsafe":                      {"crypt/volume", "overlay/holder", "overlay/nixdb/batch", "overlay/wipe", "tests/..."},
 	"C":                           {"overlay/nixdb/batch"}, // many rows of SQLite a call
 	"github.com/mattn/go-sqlite3": {"overlay/nixdb/...", "tests/storegen"},
 	"database/sql":                {"overlay/nixdb", "tests/storegen"},

@@ -4,15 +4,10 @@ import (
 	"bytes"
 	"crypto/rand"
 	"errors"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 
 	"pgregory.net/rapid"
-
-	"overkeep/overlay/nixdb"
-	"overkeep/tests/need"
 )
 
 // Of the Nix manual and of nix-hash(1): the SHA-256 of the empty text.
@@ -96,43 +91,5 @@ func TestFixedChecks(t *testing.T) {
 	}
 	if p, err := Fixed(Dir, "a/b", NAR, Hash{"sha256", make([]byte, 32)}); !errors.Is(err, ErrName) {
 		t.Errorf("%q %v", p, err)
-	}
-}
-
-// The sources of a real store have the paths that their hashes give them.
-func TestRealSources(t *testing.T) {
-	file := filepath.Join(t.TempDir(), "db.sqlite")
-	if err := os.WriteFile(file, need.DataZstd(t, "real.sqlite.zst"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	db, err := nixdb.Open(t.Context(), file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	n := 0
-	for p, err := range db.ValidPaths(t.Context()) {
-		if err != nil {
-			t.Fatal(err)
-		}
-		ca, ok := strings.CutPrefix(p.CA, "fixed:r:")
-		if !ok {
-			continue
-		}
-		n++
-		stored, err := ParseHash(p.Hash)
-		if err != nil {
-			t.Fatal(err)
-		}
-		addressed, err := ParseHash(ca)
-		if err != nil || !bytes.Equal(stored.Sum, addressed.Sum) {
-			t.Fatalf("%s: %s and %s: %v", p.Path, p.Hash, ca, err)
-		}
-		base, ok := Base(Dir, p.Path)
-		if have, err := Fixed(Dir, Name(base), NAR, stored); !ok || err != nil || have != p.Path {
-			t.Errorf("%s: %s %v", p.Path, have, err)
-		}
-	}
-	if n != 644 {
-		t.Errorf("%d sources", n)
 	}
 }
