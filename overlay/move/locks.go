@@ -109,3 +109,27 @@ func (l *pathLock) unlock() {
 	}
 	_ = l.f.Close()
 }
+
+// sweepLocks removes the locks of this operation's paths that a mover left, who was
+// killed or could not remove them: nobody else would, and they carry the paths' names.
+func (r *run) sweepLocks() error {
+	for _, m := range r.op.Moves {
+		ok, err := there(r.Lower, base(m.Path)+".lock")
+		if err != nil {
+			return err
+		}
+		if !ok {
+			continue
+		}
+		l, err := lockPath(r.Lower, base(m.Path))
+		var held *HeldError
+		if errors.As(err, &held) {
+			continue // its holder will
+		}
+		if err != nil {
+			return err
+		}
+		l.unlock()
+	}
+	return nil
+}

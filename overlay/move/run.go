@@ -315,6 +315,9 @@ func pathsOf(items []item) (out []string) {
 
 // finish wipes what is left of an operation and ends its journal.
 func (r *run) finish(ctx context.Context) error {
+	if err := r.sweepLocks(); err != nil {
+		return err
+	}
 	if r.op.Kind == Undo {
 		if err := r.letGo(r.res.Sealed); err != nil {
 			return err

@@ -30,6 +30,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -78,11 +79,25 @@ type Machine struct {
 // under a minute); later ones copy it.
 func Start(t testing.TB, suite Suite) *Machine {
 	t.Helper()
+	return start(t, suite, runDir)
+}
+
+// StartInMemory is Start with the disk in memory, where there is room: for
+// campaigns that sync thousands of times. A sync then costs what the file system
+// does, not what the disk does; what a power cut loses is the same.
+func StartInMemory(t testing.TB, suite Suite) *Machine {
+	t.Helper()
+	return start(t, suite, memoryDir)
+}
+
+func start(t testing.TB, suite Suite, dir func(image string) string) *Machine {
+	t.Helper()
 	need.Root(t)
 	need.Tool(t, "cp", "sha256sum")
 	need.Namespaces(t)
 	need.Encryption(t)
-	m, err := newMachine(image(t, suite), suite)
+	img := image(t, suite)
+	m, err := newMachine(img, suite, dir(img))
 	if err != nil {
 		t.Fatalf("bed: new %s machine: %v", suite, err)
 	}
@@ -91,11 +106,32 @@ func Start(t testing.TB, suite Suite) *Machine {
 	return m
 }
 
-// newMachine copies the image into a work directory beside it. Whoever made the
+// runDir holds the work directories, beside the image.
+func runDir(image string) string { return filepath.Join(filepath.Dir(image), "run") }
+
+// memoryDir holds those of machines in memory: a tmpfs, or runDir where that or
+// the memory behind it has little room left.
+func memoryDir(image string) string {
+	const shm, room = "/dev/shm", 2 << 30
+	var fs unix.Statfs_t
+	if unix.Statfs(shm, &fs) != nil || fs.Type != unix.TMPFS_MAGIC || fs.Bavail*uint64(fs.Bsize) < room || available() < room {
+		return runDir(image)
+	}
+	return filepath.Join(shm, "overkeep-bed")
+}
+
+// available is the memory that can be had without swapping (proc_meminfo(5)).
+func available() (bytes uint64) {
+	b, _ := os.ReadFile("/proc/meminfo")
+	_, rest, _ := strings.Cut(string(b), "MemAvailable:")
+	_, _ = fmt.Sscanf(rest, "%d kB", &bytes)
+	return bytes << 10
+}
+
+// newMachine copies the image into a work directory in run. Whoever made the
 // directory holds a lock on it until its end, so that what a killed test left
 // behind is known and removed by the next one.
-func newMachine(image string, suite Suite) (*Machine, error) {
-	run := filepath.Join(filepath.Dir(image), "run")
+func newMachine(image string, suite Suite, run string) (*Machine, error) {
 	if err := os.MkdirAll(run, 0o700); err != nil {
 		return nil, err
 	}

@@ -318,20 +318,27 @@ func (m *Machine) Read(t testing.TB, path string) string {
 // machine's libraries are of another age than ours.
 func (m *Machine) Install(t testing.TB, binary string) {
 	t.Helper()
-	in, err := os.Open(binary)
+	m.Put(t, binary, "/usr/local/bin/overkeep", 0o755)
+}
+
+// Put copies a file from outside to a path in the machine, in the place of what
+// may be there. The warning at Write holds.
+func (m *Machine) Put(t testing.TB, file, path string, mode os.FileMode) {
+	t.Helper()
+	in, err := os.Open(file)
 	if err != nil {
-		t.Fatalf("bed: install: %v", err)
+		t.Fatalf("bed: put: %v", err)
 	}
 	defer in.Close()
-	dst := filepath.Join(m.Root, "usr/local/bin/overkeep")
-	tmp := dst + ".new" // a running one cannot be written to
-	out, err := os.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o755)
+	dst := filepath.Join(m.Root, path)
+	tmp := dst + ".new" // a running program cannot be written to
+	out, err := os.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, mode)
 	if err == nil {
 		_, err = io.Copy(out, in)
-		err = errors.Join(err, out.Close(), os.Chmod(tmp, 0o755), os.Rename(tmp, dst))
+		err = errors.Join(err, out.Close(), os.Chmod(tmp, mode), os.Rename(tmp, dst))
 	}
 	if err != nil {
-		t.Fatalf("bed: install: %v", err)
+		t.Fatalf("bed: put: %v", err)
 	}
 }
 
