@@ -7,7 +7,6 @@ import (
 	"math"
 	"os"
 	"runtime"
-	"strconv"
 	"strings"
 	"unsafe"
 
@@ -204,20 +203,3 @@ func (d *Disk) ReadAt(b []byte, at int64) (int, error) { return d.f.ReadAt(b, at
 
 // Close closes it.
 func (d *Disk) Close() error { return d.f.Close() }
-
-// Rotational reports whether a device (/dev/NAME) says of itself that it is no flash;
-// known is false where it does not say.
-func Rotational(dev string) (yes, known bool) {
-	var st unix.Stat_t
-	if unix.Stat(dev, &st) != nil {
-		return false, false
-	}
-	dir := fmt.Sprintf("/sys/dev/block/%d:%d/", unix.Major(st.Rdev), unix.Minor(st.Rdev))
-	for _, at := range []string{"queue/rotational", "../queue/rotational"} { // a partition has none of its own
-		if b, err := os.ReadFile(dir + at); err == nil {
-			n, err := strconv.Atoi(strings.TrimSpace(string(b)))
-			return n == 1, err == nil
-		}
-	}
-	return false, false
-}
