@@ -10,8 +10,6 @@ import (
 	"strings"
 
 	"github.com/mattn/go-sqlite3"
-
-	"overkeep/overlay/drv/storepath"
 )
 
 // Info is all that a Nix database says of one path, so that the path can be
@@ -102,10 +100,17 @@ func (i *Info) check() error {
 	return nil
 }
 
-// isStorePath: in whatever store directory the database is of.
+// isStorePath tells what can be one, in whatever store directory the database is of.
+// It is laxer than storepath.IsBase, whose tests import this package.
 func isStorePath(p string) bool {
+	const (
+		digits = "0123456789abcdfghijklmnpqrsvwxyz"
+		others = "ABCDEFGHIJKLMNOPQRSTUVWXYZeotu+-._?="
+	)
 	n := strings.LastIndexByte(p, '/')
-	return n > 0 && p[0] == '/' && !strings.ContainsRune(p, 0) && storepath.IsBase(p[n+1:])
+	base := p[n+1:]
+	return n > 0 && p[0] == '/' && !strings.ContainsRune(p, 0) && len(base) >= 34 && len(base) <= 255 && base[32] == '-' &&
+		strings.Trim(base[:32], digits) == "" && strings.Trim(base, digits+others) == ""
 }
 
 // writing opens a database for writing. The connections delete securely (what a row

@@ -65,7 +65,7 @@ func plant(t *testing.T, m *bed.Machine, whose string, n int) []string {
 	}
 	for i := range n {
 		// Mostly small, as in a store; the last one is the largest.
-		size := int(largest*math.Pow(float64(i)/float64(n-1), 10)) + 40
+		size := int(largest*math.Pow(float64(i)/float64(n-1), 20)) + 40
 		if i == 0 {
 			size = 0
 		}
