@@ -13,7 +13,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
-	"os/exec"
 	"path"
 	"path/filepath"
 	"slices"
@@ -383,12 +382,6 @@ func (w *world) hidden(t *testing.T) {
 	for word, at := range w.Find(t, words...) {
 		if len(at) > 0 {
 			t.Errorf("%q is on the disk %d times, first %s:\n%q", word, len(at), w.Owner(at[0]), w.excerpt(at[0]))
-			out, _ := exec.Command("debugfs", "-R", fmt.Sprintf("testb %d", at[0]/4096), w.Disk).CombinedOutput()
-			t.Logf("DEBUG %s", out)
-			t.Log(w.Must(t, "root", "ls -lai /nix/var/nix/db; sync; filefrag -v /nix/var/nix/db/*; ls -la /proc/[0-9]*/fd | grep -E 'sqlite|deleted' || :;  sync; fstrim -v /"))
-			t.Log(w.Search(t, w.canary))
-			t.Log(w.Must(t, "root", "nproc; for cpu in 0 1; do taskset -c $cpu bash -c 'for i in $(seq 150); do head -c 16384 /dev/zero > /root/z$i; done; sync; rm /root/z*'; done; sync; fstrim -v /"))
-			t.Log(w.Search(t, w.canary))
 		}
 	}
 }
