@@ -42,7 +42,7 @@ taken back by the next command, and the same apply goes on with the rest.`,
 			o.file = first(args)
 			return runApply(cmd.Context(), a, o)
 		},
-	}, exitLocked, exitPlan, exitLeft, exitNoSpace, exitAborted, exitInUse, exitNotRoot, exitNoKeep)
+	}, exitLocked, exitPlan, exitLeft, exitResidue, exitNoSpace, exitAborted, exitInUse, exitNotRoot, exitNoKeep)
 	o.add(a, cmd)
 	return cmd
 }
@@ -142,7 +142,7 @@ What has been collected meanwhile cannot come back, and is named.`,
   sudo overkeep undo`,
 		Args: a.args(0, 0),
 		RunE: func(cmd *cobra.Command, _ []string) error { return runUndo(cmd.Context(), a, o) },
-	}, exitLocked, exitLeft, exitNoSpace, exitAborted, exitInUse, exitNotRoot, exitNoKeep)
+	}, exitLocked, exitLeft, exitResidue, exitNoSpace, exitAborted, exitInUse, exitNotRoot, exitNoKeep)
 	o.add(a, cmd)
 	return cmd
 }

@@ -47,7 +47,7 @@ not asked, but "apply" would bring back what it grants to the system store.`,
 			o.words = args
 			return runSeal(cmd.Context(), a, o)
 		},
-	}, exitLocked, exitNoPath, exitLeft, exitNoSpace, exitInUse, exitNotRoot, exitNoKeep)
+	}, exitLocked, exitNoPath, exitLeft, exitResidue, exitNoSpace, exitInUse, exitNotRoot, exitNoKeep)
 	o.add(a, cmd)
 	return cmd
 }
@@ -145,7 +145,7 @@ The policy must permit each of them; the lines that do are shown, and you are as
 			o.words = args
 			return runRelease(cmd.Context(), a, o)
 		},
-	}, exitLocked, exitNoPath, exitNotPermitted, exitLeft, exitNoSpace, exitAborted, exitInUse, exitNotRoot, exitNoKeep)
+	}, exitLocked, exitNoPath, exitNotPermitted, exitLeft, exitResidue, exitNoSpace, exitAborted, exitInUse, exitNotRoot, exitNoKeep)
 	o.add(a, cmd)
 	return cmd
 }

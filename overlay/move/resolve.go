@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"overkeep/overlay/nixdb"
 	"overkeep/overlay/plan"
 	"overkeep/overlay/tree"
 )
@@ -20,6 +21,9 @@ func (r *run) resolve(ctx context.Context, b *batch) error {
 	switch b.phase {
 	case "", evGone, evDropped, evBack:
 		return nil // nothing begun, or nothing left to do
+	}
+	if err := nixdb.Confirm(ctx, r.systemDB()); err != nil {
+		return err
 	}
 	if b.kind == plan.Seal {
 		return r.resolveSeal(ctx, b)

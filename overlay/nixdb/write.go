@@ -211,6 +211,25 @@ func row(ctx context.Context, tx *sql.Tx, path string) (id int64, hash string, e
 	return id, hash, err
 }
 
+// Confirm makes what readers see now what stays, durably, by one transaction more that
+// changes no row. Call it before deciding by a read after a crash, or after Register or
+// Invalidate failed: a transaction whose last sync fails is rolled back for everybody
+// who looks, but its frames, with the mark of the commit, stay at the end of the WAL,
+// and the next to open the database alone would take them for committed
+// (sqlite.org/walformat.html); and one that a killed process wrote may be seen and not
+// yet be on disk. The transaction is written over the former and synced with the latter.
+func Confirm(ctx context.Context, file string) error {
+	return inTx(ctx, file, func(tx *sql.Tx) error {
+		var version int64
+		if err := tx.QueryRowContext(ctx, "pragma user_version").Scan(&version); err != nil {
+			return err
+		}
+		// Also the same number is a page that is written.
+		_, err := tx.ExecContext(ctx, fmt.Sprintf("pragma user_version = %d", version))
+		return err
+	})
+}
+
 // Register adds rows, with their references and outputs, in one transaction: all or
 // none, and durably when it returns. A reference is to a path of infos or to one
 // that is registered; else it is a *MissingRefError. A path that is registered with
