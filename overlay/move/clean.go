@@ -67,7 +67,7 @@ func (r *run) clean(ctx context.Context) (*CleanResult, error) {
 	return c, err
 }
 
-func keys(m map[string]bool) (out []string) {
+func keys[V any](m map[string]V) (out []string) {
 	for k := range m {
 		out = append(out, k)
 	}
