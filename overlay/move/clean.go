@@ -77,7 +77,7 @@ type traces struct {
 	files wipe.Report // what was overwritten before
 }
 
-func keys(m map[string]bool) (out []string) {
+func keys[V any](m map[string]V) (out []string) {
 	for k := range m {
 		out = append(out, k)
 	}

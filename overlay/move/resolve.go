@@ -32,11 +32,11 @@ func (r *run) resolve(ctx context.Context, b *batch) error {
 }
 
 func (r *run) resolveSeal(ctx context.Context, b *batch) error {
-	lock, err := gcLock(ctx, r.personalGC(), unix.LOCK_SH)
+	unlock, err := r.bothLocks(ctx)
 	if err != nil {
 		return err
 	}
-	defer lock.Close()
+	defer unlock()
 	var out []string
 	if b.phase == evDeleting {
 		rows, err := valid(ctx, r.systemDB(), b.paths)
@@ -51,11 +51,6 @@ func (r *run) resolveSeal(ctx context.Context, b *batch) error {
 			}
 		}
 	}
-	sys, err := gcLock(ctx, r.systemGC(), unix.LOCK_EX)
-	if err != nil {
-		return err
-	}
-	defer sys.Close()
 	locks, held, err := r.lockAll(pathsOf(b.items))
 	defer func() {
 		for _, l := range locks {
@@ -136,13 +131,14 @@ func (r *run) takeBack(ctx context.Context, b *batch, items []item) error {
 	if err := tree.Remove(ctx, r.store, incoming); err != nil {
 		return err
 	}
-	if err := r.throwUpper(ctx, safe); err != nil {
+	// After an interruption somebody may have come to use them.
+	if safe, err = r.idle(ctx, safe); err != nil {
 		return err
 	}
 	// The keep may need them in the system store again: the lock of its collector is
 	// held until they are pinned.
-	if err := r.Pin(ctx); err != nil {
-		return fmt.Errorf("pin what stays: %w", err)
+	if err := r.dropCopies(ctx, safe); err != nil {
+		return err
 	}
 	for _, rec := range b.roots {
 		if stay[rec.Path] {
@@ -160,8 +156,28 @@ func (r *run) resolveRelease(ctx context.Context, b *batch) error {
 		return err
 	}
 	defer lock.Close()
+	personal, err := gcLock(ctx, r.personalGC(), unix.LOCK_EX)
+	if err != nil {
+		return err
+	}
+	defer personal.Close()
 	if b.phase == evPlaced {
-		return r.dropUpper(ctx, b, b.paths)
+		// Nothing held them there when we had gone: what a collector took meanwhile
+		// stays in the keep.
+		rows, err := valid(ctx, r.systemDB(), b.paths)
+		if err != nil {
+			return err
+		}
+		var in []string
+		for _, p := range b.paths {
+			if _, ok := rows[p]; ok {
+				in = append(in, p)
+			}
+		}
+		if len(in) == 0 {
+			return r.step(b, event{Type: evBack})
+		}
+		return r.dropUpper(ctx, b, in)
 	}
 	r.dirty = true
 	if b.phase != evPlacing {

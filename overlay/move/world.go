@@ -70,10 +70,12 @@ func Open(p Places, h Hooks) (_ *World, err error) {
 			w.Close()
 		}
 	}()
-	if w.lock, err = openJournals(w.journals()); err != nil {
+	// First what a lock that is under way has unmounted, or now cannot: the journal's
+	// directory is made where there is none, and may not be made beneath the volume.
+	if w.store, err = openDir(p.Keep.StoreDir()); err != nil {
 		return nil, err
 	}
-	if w.store, err = openDir(p.Keep.StoreDir()); err != nil {
+	if w.lock, err = openJournals(w.journals()); err != nil {
 		return nil, err
 	}
 	if w.upper, err = openDir(p.Keep.Upper()); err != nil {

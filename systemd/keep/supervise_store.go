@@ -31,9 +31,10 @@ func (s *supervisor) needs(ctx context.Context) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
+	leaving := leavingKeep(s.k)
 	var wanted []string
 	for i, p := range g.Paths {
-		if reached[i] && !g.Own[i] {
+		if reached[i] && (!g.Own[i] || leaving[p]) {
 			wanted = append(wanted, p)
 		}
 	}
@@ -50,6 +51,18 @@ func (s *supervisor) needs(ctx context.Context) ([]string, error) {
 		return nil, err
 	}
 	return minimal(g.Graph, valid), nil
+}
+
+// leavingKeep are the paths that a mover is about to take out of the upper layer. They
+// are pinned before: a mover that is killed right after must not leave them to the
+// system's collector.
+func leavingKeep(k layout.Keep) map[string]bool {
+	list, _ := os.ReadDir(k.Leaving())
+	out := make(map[string]bool, len(list))
+	for _, e := range list {
+		out[filepath.Join(layout.NixStore, e.Name())] = true
+	}
+	return out
 }
 
 // prune forgets the rows of system paths that nothing of the keep reaches: every
@@ -299,14 +312,16 @@ func (s *supervisor) watchLower(ctx context.Context) {
 	}
 }
 
-// outdated reports whether the merged store shows a name of the system store
-// other than it is there now. What the upper layer has, it decides.
+// outdated reports whether the merged store may show a name of the system store other
+// than it is there now. What the upper layer has may have come there behind the
+// overlay's back, by a mover that was killed before it could remount: then the overlay
+// still shows what the system store had, and now has not.
 func (s *supervisor) outdated(lower, name string) bool {
 	there := func(dir string) bool {
 		_, err := os.Lstat(filepath.Join(dir, name))
 		return err == nil
 	}
-	return !there(s.k.Upper()) && there(layout.NixStore) != there(lower)
+	return there(s.k.Upper()) || there(layout.NixStore) != there(lower)
 }
 
 // inotifyNames reads the names out of inotify(7) events, and whether events were
