@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"overkeep/overlay/drv/storepath"
 	"overkeep/overlay/gcroot"
 	"overkeep/overlay/nixdb"
 	"overkeep/overlay/tree"
@@ -192,12 +193,9 @@ func (r *run) dropUpper(ctx context.Context, b *batch, paths []string) error {
 			}
 		}
 	}
+	// The lock of the system's collector is still held.
 	if err := r.throwUpper(ctx, paths); err != nil {
 		return err
-	}
-	// The lock of the system's collector is still held.
-	if err := r.Pin(ctx); err != nil {
-		return fmt.Errorf("pin what was released: %w", err)
 	}
 	if err := r.step(b, event{Type: evDropped, Paths: paths}); err != nil {
 		return err
@@ -236,7 +234,10 @@ func (r *run) releasedOne(row nixdb.Info) {
 	r.res.Bytes += row.NarSize
 }
 
-// throwUpper takes paths out of the upper layer, and removes them.
+// throwUpper takes paths out of the upper layer, has what the keep needs of them in the
+// system store pinned, and removes them. Only what is not in the upper layer is pinned,
+// and a crash between lets go of the collectors' locks: until the pins are there they
+// lie in the trash under their names, from where rescue takes them back.
 func (r *run) throwUpper(ctx context.Context, paths []string) error {
 	bin, err := subdir(r.store, trash)
 	if err != nil {
@@ -249,7 +250,11 @@ func (r *run) throwUpper(ctx context.Context, paths []string) error {
 			return err
 		}
 		if ok {
-			if err := throw(r.upper, base(p), bin); err != nil {
+			err := renameNew(r.upper, base(p), bin, base(p))
+			if errors.Is(err, unix.EEXIST) { // an older copy, which rescue had no use for
+				err = throw(r.upper, base(p), bin)
+			}
+			if err != nil {
 				return err
 			}
 		}
@@ -260,7 +265,51 @@ func (r *run) throwUpper(ctx context.Context, paths []string) error {
 	if err := r.Remount(); err != nil {
 		return fmt.Errorf("remount the store: %w", err)
 	}
+	if err := r.Pin(ctx); err != nil {
+		return fmt.Errorf("pin what the keep needs of the system store: %w", err)
+	}
 	return tree.Remove(ctx, r.store, trash)
+}
+
+// rescue puts back into the upper layer what throwUpper was interrupted with and the
+// system's collector took before it was pinned. That collector's lock is held.
+func (r *run) rescue(ctx context.Context) error {
+	bin, err := openAt(r.store, trash)
+	if errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer bin.Close()
+	names, err := bin.Readdirnames(-1)
+	if err != nil {
+		return err
+	}
+	var paths []string
+	for _, name := range names {
+		if storepath.IsBase(name) { // others are nobody's: see clearName
+			paths = append(paths, inStore([]string{name})...)
+		}
+	}
+	system, err := valid(ctx, r.systemDB(), paths)
+	if err != nil {
+		return err
+	}
+	kept, err := valid(ctx, r.personalDB(), paths)
+	if err != nil {
+		return err
+	}
+	for _, p := range paths {
+		row, ok := kept[p]
+		if !ok || system[p].NarHash == row.NarHash {
+			continue
+		}
+		if err := renameNew(bin, base(p), r.upper, base(p)); err != nil && !errors.Is(err, unix.EEXIST) {
+			return err
+		}
+	}
+	return fsync(r.upper)
 }
 
 // released is where a keep's roots for what it released lie: nothing else may hold on

@@ -263,9 +263,7 @@ func (r *run) clearName(dir *os.File, name string) error {
 // throw moves an entry into a trash directory, under a name that is free.
 func throw(dir *os.File, name string, bin *os.File) error {
 	for n := 0; ; n++ {
-		err := again(func() error {
-			return unix.Renameat2(int(dir.Fd()), name, int(bin.Fd()), strconv.Itoa(n), unix.RENAME_NOREPLACE)
-		})
+		err := renameNew(dir, name, bin, strconv.Itoa(n))
 		if !errors.Is(err, unix.EEXIST) {
 			return err
 		}
@@ -368,9 +366,11 @@ func (r *run) staying(b *batch) (out []item) {
 // alive tells what of a batch a root holds. The batch is closed under referrers, so
 // what reaches into it from outside is a root itself.
 func (r *run) alive(b *batch, roots []plan.Root) (left []Left) {
+	// Only those that were found as they should be: another one, though it was to move
+	// along, is not, and would be left leading nowhere.
 	moving := map[plan.Root]bool{}
-	for _, root := range r.op.Roots {
-		moving[plan.Root{Link: root.Link, Path: root.Path}] = true
+	for _, rec := range b.roots {
+		moving[plan.Root{Link: rec.Link, Path: rec.Path}] = true
 	}
 	going := map[string]bool{}
 	for _, it := range r.going(b) {
