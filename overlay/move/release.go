@@ -180,15 +180,15 @@ func (r *run) unplace(ctx context.Context, b *batch, paths []string) error {
 // dropUpper removes the keep's copies of what is valid in the system store, after it
 // has been seen to that the keep holds on to it there.
 func (r *run) dropUpper(ctx context.Context, b *batch, paths []string) error {
-	// What comes back has the roots that it had; what goes for good gets its own.
-	hold := func() error { return r.holdReleased(b, paths) }
+	var err error
 	switch r.op.Kind {
-	case Undo:
-		hold = func() error { return nil }
+	case Undo: // what comes back has the roots that it had
 	case Eject:
-		hold = func() error { return r.RootEjected(ctx) }
+		err = r.RootEjected(ctx)
+	default:
+		err = r.holdReleased(b, paths)
 	}
-	if err := hold(); err != nil {
+	if err != nil {
 		return err
 	}
 	for _, rec := range b.roots {
