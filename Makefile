@@ -38,14 +38,15 @@ test: deps ## everything; as root, else what needs it is skipped; CI=true lets n
 
 # What decides about paths, and moves them, is read from files that others made: each parser on the way
 # gets random input for a while, beyond its committed corpus.
-FUZZTIME ?= 40s
-fuzz: ## random policies, .drv files, database rows, NARs, plans and journals, FUZZTIME each
+FUZZTIME ?= 60s
+FUZZMORE ?= 20s
+fuzz: ## random policies, .drv files, database rows, FUZZTIME each; NARs, plans, journals, FUZZMORE each
 	$(GO) test -tags $(TAGS) -run '^$$' -fuzz '^FuzzParse$$' -fuzztime $(FUZZTIME) ./policy
 	$(GO) test -tags $(TAGS) -run '^$$' -fuzz '^FuzzParse$$' -fuzztime $(FUZZTIME) ./overlay/drv
 	$(GO) test -tags $(TAGS) -run '^$$' -fuzz '^FuzzRows$$' -fuzztime $(FUZZTIME) ./overlay/facts
-	$(GO) test -tags $(TAGS) -run '^$$' -fuzz '^FuzzRead$$' -fuzztime $(FUZZTIME) ./overlay/nar
-	$(GO) test -tags $(TAGS) -run '^$$' -fuzz '^FuzzDecode$$' -fuzztime $(FUZZTIME) ./overlay/plan
-	$(GO) test -tags $(TAGS) -run '^$$' -fuzz '^FuzzJournal$$' -fuzztime $(FUZZTIME) ./overlay/move
+	$(GO) test -tags $(TAGS) -run '^$$' -fuzz '^FuzzRead$$' -fuzztime $(FUZZMORE) ./overlay/nar
+	$(GO) test -tags $(TAGS) -run '^$$' -fuzz '^FuzzDecode$$' -fuzztime $(FUZZMORE) ./overlay/plan
+	$(GO) test -tags $(TAGS) -run '^$$' -fuzz '^FuzzJournal$$' -fuzztime $(FUZZMORE) ./overlay/move
 
 demo: deps build ## see it work on a throw-away laptop (root)
 	tests/demo/run

@@ -180,8 +180,9 @@ func (p *planner) text(a *app, of *plan.Plan) string {
 	return strings.TrimSuffix(b.String(), "\n")
 }
 
-// A summary fits a screen.
+// A summary fits a screen. Fewer moves than maxNamed are named all.
 const (
+	maxNamed  = 20
 	maxGroups = 5 // of each direction
 	maxRoots  = 3
 	maxHolds  = 4

@@ -449,6 +449,11 @@ func (r *run) destroy(ctx context.Context, paths []string) error {
 	if err := fsync(r.Lower); err != nil {
 		return err
 	}
+	// Before they are emptied: a directory that the view has looked up in both layers
+	// goes on reading both, wherever the lower one is now, until the overlay forgets it.
+	if err := r.Remount(); err != nil {
+		return fmt.Errorf("remount the store: %w", err)
+	}
 	return r.emptyStage(ctx)
 }
 

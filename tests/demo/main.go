@@ -106,7 +106,7 @@ func play(t *stage) {
 	d.as("root", "overkeep plan", "")
 	d.as("root", "overkeep apply --yes", "")
 	d.view("cat ~/keep/links/home/alice/result")
-	d.as("alice", "ls -l result; ls /nix/store | grep "+oldName+" || echo nothing of it", "")
+	d.as("alice", "ls; ls /nix/store | grep "+oldName+" || echo nothing of it", "")
 
 	say("9. Locking takes proof. While something holds the keep, it says so and names it.")
 	p, err := m.Start("root", "exec "+fixture.ViewCommand("echo in; exec sleep 1000"))
