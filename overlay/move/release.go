@@ -199,11 +199,16 @@ func (r *run) unplace(ctx context.Context, b *batch, paths []string) error {
 // dropUpper removes the keep's copies of what is valid in the system store, after it
 // has been seen to that the keep holds on to it there.
 func (r *run) dropUpper(ctx context.Context, b *batch, paths []string) error {
-	// What comes back, or goes for good, has the roots that it had.
-	if r.op.Kind != Undo && r.op.Kind != Eject {
-		if err := r.holdReleased(b, paths); err != nil {
-			return err
-		}
+	var err error
+	switch r.op.Kind {
+	case Undo: // what comes back has the roots that it had
+	case Eject:
+		err = r.RootEjected(ctx)
+	default:
+		err = r.holdReleased(b, paths)
+	}
+	if err != nil {
+		return err
 	}
 	for _, rec := range b.roots {
 		if slices.Contains(paths, rec.Path) {
@@ -384,9 +389,14 @@ func (r *run) letGo(paths []string) error {
 // eject. It is not among the pins, which go with the keep.
 const ejectedRoots = "gcroots/overkeep-ejected"
 
-// RootEjected gives everything that the keep's gcroots and profiles hold a root in the
-// system store that outlives the keep.
+// RootEjected gives what the keep's gcroots and profiles hold, as far as it is in the
+// system store by now, a root there that outlives the keep. What is still private it does
+// not name.
 func (w *World) RootEjected(ctx context.Context) error {
+	held, err := valid(ctx, w.systemDB(), w.Held())
+	if err != nil || len(held) == 0 {
+		return err
+	}
 	top := filepath.Join(w.System, ejectedRoots)
 	dir := filepath.Join(top, w.Keep.Name)
 	for _, d := range []string{top, dir} {
@@ -394,7 +404,7 @@ func (w *World) RootEjected(ctx context.Context) error {
 			return err
 		}
 	}
-	for _, p := range w.Held() {
+	for p := range held {
 		if err := os.Symlink(p, filepath.Join(dir, base(p))); err != nil && !errors.Is(err, os.ErrExist) {
 			return err
 		}

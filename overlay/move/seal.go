@@ -99,6 +99,9 @@ func (r *run) free(ctx context.Context, b *batch) (locks []*pathLock, err error)
 	if err := r.leave(b, left); err != nil {
 		return nil, err
 	}
+	if err := r.lookAtRoots(b); err != nil {
+		return nil, err
+	}
 	roots, err := r.Roots(ctx)
 	if err != nil {
 		return nil, err
@@ -128,6 +131,28 @@ func (r *run) free(ctx context.Context, b *batch) (locks []*pathLock, err error)
 	return locks, r.leave(b, left)
 }
 
+// lookAtRoots finds the user's roots that are to move along with a batch.
+func (r *run) lookAtRoots(b *batch) error {
+	going := map[string]bool{}
+	for _, it := range r.going(b) {
+		going[it.Info.Path] = true
+	}
+	for _, root := range r.op.Roots {
+		if root.Kind != plan.RootUser || !going[root.Path] {
+			continue
+		}
+		rec, err := r.Links.Look(root)
+		if errors.Is(err, gcroot.ErrChanged) {
+			continue // it holds another path now, or none; else it holds this one where it is
+		}
+		if err != nil {
+			return err
+		}
+		b.roots = append(b.roots, rec)
+	}
+	return nil
+}
+
 // keep makes a batch valid in the keep, and seen there.
 func (r *run) keep(ctx context.Context, b *batch) error {
 	in, err := subdir(r.store, incoming)
@@ -151,20 +176,6 @@ func (r *run) keep(ctx context.Context, b *batch) error {
 		b.ours[it.Info.Path] = true
 		if err := rename(in, strconv.Itoa(i), r.upper, base(it.Info.Path)); err != nil {
 			return err
-		}
-	}
-	for _, root := range r.op.Roots {
-		for _, it := range r.going(b) {
-			if root.Kind == plan.RootUser && root.Path == it.Info.Path {
-				rec, err := r.Links.Look(root)
-				if errors.Is(err, gcroot.ErrChanged) {
-					continue // it holds another path now, or none
-				}
-				if err != nil {
-					return err
-				}
-				b.roots = append(b.roots, rec)
-			}
 		}
 	}
 	if err := syncfs(r.upper); err != nil {
@@ -358,9 +369,7 @@ func (r *run) clearName(dir *os.File, name string) error {
 // throw moves an entry into a trash directory, under a name that is free.
 func throw(dir *os.File, name string, bin *os.File) error {
 	for n := 0; ; n++ {
-		err := again(func() error {
-			return unix.Renameat2(int(dir.Fd()), name, int(bin.Fd()), strconv.Itoa(n), unix.RENAME_NOREPLACE)
-		})
+		err := renameNew(dir, name, bin, strconv.Itoa(n))
 		if !errors.Is(err, unix.EEXIST) {
 			return err
 		}
@@ -426,9 +435,11 @@ func (r *run) staying(b *batch) (out []item) {
 // alive tells what of a batch a root holds. The batch is closed under referrers, so
 // what reaches into it from outside is a root itself.
 func (r *run) alive(b *batch, roots []plan.Root) (left []Left) {
+	// Only those that were found as they should be: another one, though it was to move
+	// along, is not, and would be left leading nowhere.
 	moving := map[plan.Root]bool{}
-	for _, root := range r.op.Roots {
-		moving[plan.Root{Link: root.Link, Path: root.Path}] = true
+	for _, rec := range b.roots {
+		moving[plan.Root{Link: rec.Link, Path: rec.Path}] = true
 	}
 	going := map[string]bool{}
 	for _, it := range r.going(b) {
