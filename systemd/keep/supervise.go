@@ -138,6 +138,7 @@ func (s *supervisor) start(ctx context.Context) (*net.UnixListener, error) {
 	proxy := &lower.Proxy{
 		Upstream: filepath.Join(s.k.SystemSocketDir(), "socket"),
 		GCLock:   systemGCLock,
+		Absent:   s.absent,
 		BeforeClose: func(ctx context.Context) error {
 			_ = s.prune(ctx) // else it is done after the next change
 			_, err := s.pinner.Add(ctx)

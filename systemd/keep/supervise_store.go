@@ -292,6 +292,13 @@ func (s *supervisor) outdated(lower, name string) bool {
 	return !there(s.k.Upper()) && there(layout.NixStore) != there(lower)
 }
 
+// absent reports whether the system store, below the overlay, has nothing of that
+// name: what its database knows of such a path is not worth asking for.
+func (s *supervisor) absent(name string) bool {
+	var st unix.Stat_t
+	return unix.Fstatat(int(s.lowerDir.Fd()), name, &st, unix.AT_SYMLINK_NOFOLLOW) == unix.ENOENT
+}
+
 // inotifyNames reads the names out of inotify(7) events, and whether events were
 // lost.
 func inotifyNames(b []byte) (out []string, lost bool) {
