@@ -135,9 +135,9 @@ func (k *Keep) forgetNamespace(ns *view.Namespace) error {
 	return nil
 }
 
-// inhabited reports whether a process other than this one lives in the mount
-// namespace.
-func inhabited(ns uint64) bool {
+// inhabited reports whether a process other than this one and those that are just
+// ending lives in the mount namespace.
+func inhabited(ns uint64, ending ...int) bool {
 	want := fmt.Sprintf("mnt:[%d]", ns)
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
@@ -145,7 +145,7 @@ func inhabited(ns uint64) bool {
 	}
 	for _, e := range entries {
 		pid, err := strconv.Atoi(e.Name())
-		if err != nil || pid == os.Getpid() {
+		if err != nil || pid == os.Getpid() || slices.Contains(ending, pid) {
 			continue
 		}
 		if l, err := os.Readlink(filepath.Join("/proc", e.Name(), "ns/mnt")); err == nil && l == want {
@@ -184,6 +184,7 @@ func opClose(ctx context.Context, c *call) (any, error) {
 			return nil, l.notLocked("the keep is in use", hs)
 		}
 	}
+	defer func() { l.ending.close() }()
 	l.stopSupervisor(c.Locking)
 	for {
 		err := l.attempt(ctx)
@@ -199,6 +200,7 @@ func opClose(ctx context.Context, c *call) (any, error) {
 		if !errors.As(err, &vb) && !errors.As(err, &wb) && !errors.As(err, &ub) && !errors.Is(err, errHeld) && !moved {
 			return nil, err
 		}
+		l.ending.wait()
 		hs := l.holders(ctx, nil)
 		if err := l.deal(ctx, err, hs); err != nil {
 			return nil, err
@@ -228,6 +230,7 @@ type locker struct {
 	unseen  string // what the last look for holders could not look at
 	absent  bool   // the kernel had no key when this lock began
 	already bool
+	ending  *ending   // the supervisor, if it said that it is done and is about to end
 	busy    time.Time // since when nothing but the kernel itself holds it; zero: not
 }
 
@@ -473,15 +476,25 @@ func (l *locker) stopSupervisor(mode LockMode) {
 	if err == nil && mode != LockKill && answer != "workers 0" {
 		return
 	}
+	e := expectEnd(pid)
 	if err == nil {
 		_, err = control(l.c.k, "stop")
 	}
-	endSupervisor(pid, err == nil)
+	if err != nil {
+		e.signal(unix.SIGTERM)
+		e.wait()
+		e.close()
+		return
+	}
+	// It has let go of the keep and does nothing more. The kernel takes some 20 ms to
+	// end it (it had inotify watches); meanwhile the unmounting begins, and is done only
+	// when it is gone.
+	l.ending = e
 }
 
 // attempt goes through the lock once, from the mounts to the proof.
 func (l *locker) attempt(ctx context.Context) error {
-	if supervisorPID(l.c.k) != 0 {
+	if l.ending == nil && supervisorPID(l.c.k) != 0 {
 		// Workers were left; are they done now?
 		if answer, err := control(l.c.k, "drain"); err == nil && answer != "workers 0" {
 			return errHeld
@@ -518,7 +531,13 @@ func (l *locker) attempt(ctx context.Context) error {
 	crashpoint.At("lock.detach")
 	ctx, cancel := context.WithTimeout(ctx, keyGrace)
 	defer cancel()
-	return volume.DetachFS(ctx, l.spec)
+	if err := volume.DetachFS(ctx, l.spec); err != nil {
+		return err
+	}
+	if !l.ending.wait() {
+		return errHeld // it knows names of the keep
+	}
+	return nil
 }
 
 // coverSessions sees to it that a session which outlives the lock cannot fall back
@@ -529,7 +548,7 @@ func (l *locker) coverSessions() error {
 	if err := unix.Stat("/proc/self/ns/mnt", &st); err != nil {
 		return err
 	}
-	if !inhabited(st.Ino) {
+	if !inhabited(st.Ino, l.ending.process()) {
 		return nil
 	}
 	return view.Cover(l.list, l.c.User, l.c.k.Cover())

@@ -58,7 +58,7 @@ type supervisor struct {
 
 	pinner   *pins.Pinner
 	changed  atomic.Bool    // the keep's database, since the pins were brought up to date
-	watching sync.WaitGroup // what has the volume open now and then
+	watching sync.WaitGroup // what has the volume open now and then, or touches a mount
 
 	stopping sync.Once
 
@@ -167,7 +167,7 @@ func (s *supervisor) start(ctx context.Context) (*net.UnixListener, error) {
 	}
 	go s.reap(ended)
 	s.watching.Go(func() { s.watchPins(ctx) })
-	go s.watchLower(ctx)
+	s.watching.Go(func() { s.watchLower(ctx) })
 	return control, nil
 }
 

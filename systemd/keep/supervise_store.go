@@ -263,12 +263,15 @@ func (s *supervisor) watchLower(ctx context.Context) {
 		return
 	}
 	f := os.NewFile(uintptr(fd), "inotify")
-	defer f.Close()
+	defer func() { go f.Close() }() // takes the kernel a while, see nixdb.Watch
 	dir := fmt.Sprintf("/proc/self/fd/%d", s.lowerDir.Fd())
-	if _, err := unix.InotifyAddWatch(fd, dir, unix.IN_CREATE|unix.IN_MOVED_TO|unix.IN_DELETE|unix.IN_MOVED_FROM|unix.IN_ONLYDIR); err != nil {
+	wd, err := unix.InotifyAddWatch(fd, dir, unix.IN_CREATE|unix.IN_MOVED_TO|unix.IN_DELETE|unix.IN_MOVED_FROM|unix.IN_ONLYDIR)
+	if err != nil {
 		return
 	}
-	go func() { <-ctx.Done(); f.Close() }()
+	defer unix.InotifyRmWatch(fd, uint32(wd))
+	stop := context.AfterFunc(ctx, func() { _ = f.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
 	buf := make([]byte, 64<<10)
 	for {
 		n, err := f.Read(buf)
@@ -276,6 +279,9 @@ func (s *supervisor) watchLower(ctx context.Context) {
 			return
 		}
 		names, lost := inotifyNames(buf[:n])
+		if ctx.Err() != nil {
+			return // the view is about to go, and with it the mount to be remounted
+		}
 		if lost || slices.ContainsFunc(names, func(name string) bool { return s.outdated(dir, name) }) {
 			_ = view.Remount() // forgets them all
 		}

@@ -230,7 +230,7 @@ func (k *Keep) startSupervisor(ctx context.Context, ns *view.Namespace, u view.U
 				return nil
 			}
 		}
-		endSupervisor(pid, false)
+		endSupervisor(pid)
 	}
 	in, err := json.Marshal(superviseRequest{Root: k.Root, Name: k.Name, User: u, NixDaemon: nixDaemon,
 		Env: nixConfig(k.Keep, k.Header, k.Root).Environment(strings.Join(append([]string{filepath.Dir(nixDaemon)}, NixPath...), ":"))})
