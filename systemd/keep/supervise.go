@@ -56,9 +56,11 @@ type supervisor struct {
 	cancel   context.CancelFunc // ends watches and proxy
 	starter  *starter
 
-	pinner   *pins.Pinner
-	changed  atomic.Bool    // the keep's database, since the pins were brought up to date
-	watching sync.WaitGroup // what has the volume open now and then, or touches a mount
+	pinner      *pins.Pinner
+	pinned      []string       // the answer to needs at the last time, if all of it was valid
+	unforgotten atomic.Bool    // rows that nothing reaches could not be removed
+	changed     atomic.Bool    // the keep's database, since the pins were brought up to date
+	watching    sync.WaitGroup // what has the volume open now and then, or touches a mount
 
 	stopping sync.Once
 
@@ -140,7 +142,6 @@ func (s *supervisor) start(ctx context.Context) (*net.UnixListener, error) {
 		GCLock:   systemGCLock,
 		Absent:   s.absent,
 		BeforeClose: func(ctx context.Context) error {
-			_ = s.prune(ctx) // else it is done after the next change
 			_, err := s.pinner.Add(ctx)
 			return err
 		},
@@ -153,7 +154,6 @@ func (s *supervisor) start(ctx context.Context) (*net.UnixListener, error) {
 		return nil, err
 	}
 	// What an earlier supervisor had no time to do, before anything can ask.
-	_ = s.prune(ctx)
 	soon, done := context.WithTimeout(ctx, answerGrace)
 	defer done()
 	if _, err := s.pinner.Add(soon); err != nil {
@@ -442,7 +442,6 @@ func (s *supervisor) obey(line string, answer io.Writer) (last bool) {
 			s.watching.Wait()
 			if s.changed.Load() {
 				ctx, done := context.WithTimeout(context.Background(), killGrace)
-				_ = s.prune(ctx)
 				_, _ = s.pinner.Exact(ctx)
 				done()
 			}

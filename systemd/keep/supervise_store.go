@@ -26,64 +26,67 @@ import (
 // roots reach there, as far as the system store itself says that it has it.
 // Without that question a damaged personal path would be named in the plaintext
 // directory of pins.
+//
+// On the way it forgets the rows of system paths that nothing of the keep reaches:
+// every look at a system path leaves one, and the overlay's collector leaves more
+// (seen with Nix 2.26 and 2.34). As long as there is a row, Nix calls the path
+// valid without asking the system store, so it may neither stay unpinned nor be
+// pinned for ever. One reading serves both: where Nix left a long log, reading is dear.
 func (s *supervisor) needs(ctx context.Context) ([]string, error) {
-	g, reached, err := s.reach(ctx)
-	if err != nil {
-		return nil, err
+	// A small garbage collection, by its rules: gc.lock is held exclusively, and
+	// temporary roots count. While Nix holds the lock, nothing is forgotten.
+	lock, err := os.OpenFile(filepath.Join(s.k.NixState(), "gc.lock"), os.O_RDWR|unix.O_NOFOLLOW, 0)
+	none := errors.Is(err, os.ErrNotExist) // no Nix was here yet
+	if err == nil {
+		defer lock.Close()
+		err = unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 	}
-	var wanted []string
+	g, reached, rerr := s.reach(ctx)
+	if rerr != nil {
+		return nil, rerr
+	}
+	var wanted, left []string
 	for i, p := range g.Paths {
-		if reached[i] && !g.Own[i] {
+		switch {
+		case g.Own[i]:
+		case reached[i]:
 			wanted = append(wanted, p)
+		default:
+			left = append(left, p)
 		}
 	}
+	if err == nil {
+		err = nixdb.Forget(ctx, filepath.Join(s.k.NixDB(), "db.sqlite"), left)
+		lock.Close()
+	}
+	s.unforgotten.Store(err != nil && !none) // then it is done after the next change
 	if len(wanted) == 0 {
 		return nil, nil
 	}
+	// Pinned ones stay valid: only for others, and ones that are gone all the same,
+	// is the system's daemon asked. Runs of the pinner follow one another.
+	if !slices.Equal(wanted, s.pinned) || slices.ContainsFunc(wanted, func(p string) bool { return s.absent(filepath.Base(p)) }) {
+		s.pinned = nil
+		valid, err := s.valid(ctx, wanted)
+		if err != nil {
+			return nil, err
+		}
+		if len(valid) < len(wanted) {
+			return minimal(g.Graph, valid), nil
+		}
+		s.pinned = wanted
+	}
+	return minimal(g.Graph, wanted), nil
+}
+
+// valid asks the system store which of the paths it has.
+func (s *supervisor) valid(ctx context.Context, paths []string) ([]string, error) {
 	c, err := lower.Dial(ctx, filepath.Join(s.k.SystemSocketDir(), "socket"))
 	if err != nil {
 		return nil, err
 	}
 	defer c.Close()
-	valid, err := c.ValidPaths(ctx, wanted)
-	if err != nil {
-		return nil, err
-	}
-	return minimal(g.Graph, valid), nil
-}
-
-// prune forgets the rows of system paths that nothing of the keep reaches: every
-// look at a system path leaves one, and the overlay's collector leaves more (seen
-// with Nix 2.26 and 2.34). As long as there is a row, Nix calls the path valid
-// without asking the system store, so it may neither stay unpinned nor be pinned
-// for ever.
-//
-// It is a small garbage collection and keeps to its rules: gc.lock is held
-// exclusively, and temporary roots count. It does nothing while Nix holds the
-// lock.
-func (s *supervisor) prune(ctx context.Context) error {
-	lock, err := os.OpenFile(filepath.Join(s.k.NixState(), "gc.lock"), os.O_RDWR|unix.O_NOFOLLOW, 0)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil // no Nix was here yet
-	}
-	if err != nil {
-		return err
-	}
-	defer lock.Close()
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return err
-	}
-	g, reached, err := s.reach(ctx)
-	if err != nil {
-		return err
-	}
-	var left []string
-	for i, p := range g.Paths {
-		if !reached[i] && !g.Own[i] {
-			left = append(left, p)
-		}
-	}
-	return nixdb.Forget(ctx, filepath.Join(s.k.NixDB(), "db.sqlite"), left)
+	return c.ValidPaths(ctx, paths)
 }
 
 // reach reads the keep's graph and walks it from the keep's own paths, its
@@ -242,11 +245,9 @@ func (s *supervisor) watchPins(ctx context.Context) {
 		case <-again:
 		}
 		again = nil
-		// Rows first: what has one is used without asking, so it stays pinned.
 		s.changed.Store(false)
-		busy := s.prune(ctx) != nil
 		// Removals wait while the system's collector runs.
-		if r, err := s.pinner.Exact(ctx); busy || err != nil || r.Deferred > 0 {
+		if r, err := s.pinner.Exact(ctx); err != nil || r.Deferred > 0 || s.unforgotten.Load() {
 			s.changed.Store(true)
 			again = time.After(pinAgain)
 		}
