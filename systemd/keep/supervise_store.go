@@ -209,6 +209,10 @@ func minimal(g nixdb.Graph, valid []string) []string {
 	return pins.Roots(valid, refs)
 }
 
+// longLog is, in bytes, the write-ahead log that is worth a checkpoint: to read it takes
+// some 20 ms, each time that somebody looks at the keep's database.
+const longLog = 16 << 20
+
 // settle is how long the database is left alone after a change, pinAgain when
 // pins that could not be brought up to date are tried again.
 const (
@@ -252,6 +256,7 @@ func (s *supervisor) watchPins(ctx context.Context) {
 			again = time.After(pinAgain)
 		}
 		origins.record(ctx)
+		_ = nixdb.Checkpoint(ctx, filepath.Join(s.k.NixDB(), "db.sqlite"), longLog)
 	}
 }
 
