@@ -77,7 +77,7 @@ type traces struct {
 	files wipe.Report // what was overwritten before
 }
 
-func keys(m map[string]bool) (out []string) {
+func keys[V any](m map[string]V) (out []string) {
 	for k := range m {
 		out = append(out, k)
 	}
@@ -275,9 +275,15 @@ func (w *World) keepLog(logs *os.File, drv, suffix string) error {
 	}
 	from := os.NewFile(uintptr(fd), "build log")
 	defer from.Close()
-	dir := filepath.Join(w.Keep.Log(), "drvs", drv[:2])
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
+	dir := w.Keep.Log()
+	for _, sub := range []string{"drvs", drv[:2]} {
+		dir = filepath.Join(dir, sub)
+		if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
+			return err
+		}
+		if err := os.Chmod(dir, 0o755); err != nil { // as Nix makes it, whatever our umask
+			return err
+		}
 	}
 	name := filepath.Join(dir, drv[2:]+suffix)
 	if _, err := os.Lstat(name); err == nil {
@@ -288,6 +294,9 @@ func (w *World) keepLog(logs *os.File, drv, suffix string) error {
 		return err
 	}
 	_, err = io.Copy(to, io.LimitReader(from, maxLog))
+	if err == nil {
+		err = to.Chmod(0o644)
+	}
 	if err == nil {
 		err = fsync(to)
 	}

@@ -510,4 +510,3 @@ func (c *churn) whole(when string) {
 		return r
 	})
 }
-
