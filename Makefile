@@ -36,13 +36,17 @@ test: deps ## everything; as root, else what needs it is skipped; CI=true lets n
 	$(GO) test -tags $(TAGS) -timeout 30m ./...
 	$(if $(CI),$(MAKE) fuzz)
 
-# What decides about paths is read from files that others made: each parser on the way
+# What decides about paths, and moves them, is read from files that others made: each parser on the way
 # gets random input for a while, beyond its committed corpus.
 FUZZTIME ?= 60s
-fuzz: ## random policies, .drv files and database rows, FUZZTIME each
+FUZZMORE ?= 20s
+fuzz: ## random policies, .drv files, database rows, FUZZTIME each; NARs, plans, journals, FUZZMORE each
 	$(GO) test -tags $(TAGS) -run '^$$' -fuzz '^FuzzParse$$' -fuzztime $(FUZZTIME) ./policy
 	$(GO) test -tags $(TAGS) -run '^$$' -fuzz '^FuzzParse$$' -fuzztime $(FUZZTIME) ./overlay/drv
 	$(GO) test -tags $(TAGS) -run '^$$' -fuzz '^FuzzRows$$' -fuzztime $(FUZZTIME) ./overlay/facts
+	$(GO) test -tags $(TAGS) -run '^$$' -fuzz '^FuzzRead$$' -fuzztime $(FUZZMORE) ./overlay/nar
+	$(GO) test -tags $(TAGS) -run '^$$' -fuzz '^FuzzDecode$$' -fuzztime $(FUZZMORE) ./overlay/plan
+	$(GO) test -tags $(TAGS) -run '^$$' -fuzz '^FuzzJournal$$' -fuzztime $(FUZZMORE) ./overlay/move
 
 demo: deps build ## see it work on a throw-away laptop (root)
 	tests/demo/run

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 
 	"github.com/spf13/cobra"
@@ -42,7 +43,7 @@ taken back by the next command, and the same apply goes on with the rest.`,
 			o.file = first(args)
 			return runApply(cmd.Context(), a, o)
 		},
-	}, exitLocked, exitPlan, exitLeft, exitNoSpace, exitAborted, exitInUse, exitNotRoot, exitNoKeep)
+	}, exitLocked, exitPlan, exitLeft, exitResidue, exitNoSpace, exitAborted, exitInUse, exitNotRoot, exitNoKeep)
 	o.add(a, cmd)
 	return cmd
 }
@@ -142,12 +143,13 @@ What has been collected meanwhile cannot come back, and is named.`,
   sudo overkeep undo`,
 		Args: a.args(0, 0),
 		RunE: func(cmd *cobra.Command, _ []string) error { return runUndo(cmd.Context(), a, o) },
-	}, exitLocked, exitLeft, exitNoSpace, exitAborted, exitInUse, exitNotRoot, exitNoKeep)
+	}, exitLocked, exitLeft, exitResidue, exitNoSpace, exitAborted, exitInUse, exitNotRoot, exitNoKeep)
 	o.add(a, cmd)
 	return cmd
 }
 
-func runUndo(ctx context.Context, a *app, o undoOptions) error {
+func runUndo(ctx context.Context, a *app, o undoOptions) (err error) {
+	begun := false
 	if err := o.open(ctx, a); err != nil {
 		return err
 	}
@@ -161,10 +163,16 @@ func runUndo(ctx context.Context, a *app, o undoOptions) error {
 		return usagef("there is nothing to undo: the keep's journal has no move that was not undone")
 	}
 	if last.Kind == move.Eject && !o.dryRun {
-		// Its roots would hold what is to go; the keep's pins do, too.
+		// Its roots would hold what is to go; the keep's pins do, too. What stays after
+		// all has them again.
 		if err := o.w.UnrootEjected(); err != nil {
 			return err
 		}
+		defer func() {
+			if !begun {
+				err = errors.Join(err, o.w.RootEjected(context.WithoutCancel(ctx)))
+			}
+		}()
 	}
 	var sealed, released []string
 	for _, r := range last.Sealed {
@@ -199,6 +207,7 @@ func runUndo(ctx context.Context, a *app, o undoOptions) error {
 	if err := o.agree(ctx, a, p, fmt.Sprintf("Undo the %s of %s?", last.Kind, last.Time.Local().Format("2 January 15:04"))); err != nil {
 		return err
 	}
+	begun = true
 	return o.run(ctx, a, move.Op{Kind: move.Undo, Of: last.ID, Moves: p.Moves, Roots: p.Roots,
 		Original: rowsByPath(append(last.Sealed, last.Released...)), Restore: last.Roots})
 }

@@ -47,7 +47,7 @@ Both make private paths plaintext. You are asked.`,
   sudo overkeep eject --to /media/usb/nars`,
 		Args: a.args(0, 0),
 		RunE: func(cmd *cobra.Command, _ []string) error { return runEject(cmd.Context(), a, o) },
-	}, exitLocked, exitLeft, exitNoSpace, exitAborted, exitInUse, exitNotRoot, exitNoKeep)
+	}, exitLocked, exitLeft, exitResidue, exitNoSpace, exitAborted, exitInUse, exitNotRoot, exitNoKeep)
 	o.add(a, cmd)
 	cmd.Flags().StringVar(&o.to, "to", "", "write NARs into `DIR` instead, as a binary cache; an interrupted one is gone on with")
 	return cmd
@@ -92,7 +92,7 @@ func runEject(ctx context.Context, a *app, o ejectOptions) error {
 	if err := o.agree(ctx, a, p, question); err != nil {
 		return err
 	}
-	// Before the first path moves: what the keep's roots hold must not be without one.
+	// What the keep uses of the system store; what moves there gets its roots as it comes.
 	if err := o.w.RootEjected(ctx); err != nil {
 		return err
 	}

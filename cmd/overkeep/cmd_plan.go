@@ -47,7 +47,7 @@ or refuses. A plan names private paths: the file must lie in the keep.`,
   sudo overkeep plan --json | jq -r '.blocked[] | "\(.path) \(.why) \(.by)"'`,
 		Args: a.args(0, 0),
 		RunE: func(cmd *cobra.Command, _ []string) error { return runPlan(cmd.Context(), a, o) },
-	}, exitLocked, exitPolicy, exitNotRoot, exitNoKeep, exitExists, exitDamaged)
+	}, exitLocked, exitPolicy, exitRequire, exitNotRoot, exitNoKeep, exitExists, exitDamaged)
 	o.add(a, cmd)
 	f := cmd.Flags()
 	f.StringVar(&o.out, "out", "", "write the plan into `FILE`, which must lie in the keep")
@@ -82,11 +82,17 @@ func runPlan(ctx context.Context, a *app, o planOptions) error {
 	if r.next = a.here().command("apply", o.out); len(o.policies) > 0 {
 		r.next = ""
 	}
-	return a.ui.report(r)
+	if err := a.ui.report(r); err != nil {
+		return err
+	}
+	if len(r.Broken) > 0 {
+		return &shownError{exitRequire}
+	}
+	return nil
 }
 
-// brokenLines are the require lines that do not hold, in words. They are a matter of
-// "policy check": a plan is not worse for them, but whoever applies it should know.
+// brokenLines are the require lines that do not hold, in words: docs/POLICY.md has plan
+// fail with them.
 func brokenLines(w *verdict.World, v *policy.Verdicts) (out []string) {
 	for _, b := range v.Check(policy.CheckOptions{}).Broken {
 		if b.Holds() {
@@ -174,8 +180,9 @@ func (p *planner) text(a *app, of *plan.Plan) string {
 	return strings.TrimSuffix(b.String(), "\n")
 }
 
-// A summary fits a screen.
+// A summary fits a screen. Fewer moves than maxNamed are named all.
 const (
+	maxNamed  = 20
 	maxGroups = 5 // of each direction
 	maxRoots  = 3
 	maxHolds  = 4

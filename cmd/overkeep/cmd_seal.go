@@ -3,6 +3,9 @@ package main
 import (
 	"context"
 	"fmt"
+	"io"
+	"os"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -33,16 +36,18 @@ All that refers to a path in the system store goes with it. What a root of someb
 else holds, or a running process uses, cannot move; it is named. Links of yours (a
 result, a profile) go along.
 
-A PATH is what "why" takes: a store path, a name, a hash, a link. The policy is not
-asked, but "apply" would bring back what it grants to the system store.`,
+A PATH is what "why" takes: a store path, a name, a hash, a link; a single "-" reads
+them from standard input, for arguments can be seen by others. The policy is
+not asked, but "apply" would bring back what it grants to the system store.`,
 		Example: `  sudo overkeep seal payroll
-  sudo overkeep seal ./result --dry-run`,
+  sudo overkeep seal ./result --dry-run
+  cat list | sudo overkeep seal -`,
 		Args: a.args(1, maxWords, "a store path, a name, a hash or a link"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			o.words = args
 			return runSeal(cmd.Context(), a, o)
 		},
-	}, exitLocked, exitNoPath, exitLeft, exitNoSpace, exitInUse, exitNotRoot, exitNoKeep)
+	}, exitLocked, exitNoPath, exitLeft, exitResidue, exitNoSpace, exitInUse, exitNotRoot, exitNoKeep)
 	o.add(a, cmd)
 	return cmd
 }
@@ -52,7 +57,11 @@ func runSeal(ctx context.Context, a *app, o sealOptions) error {
 		return err
 	}
 	defer o.close()
-	p, err := o.chosen(ctx, a, o.words, nil)
+	words, err := wordsOf(o.words, os.Stdin)
+	if err != nil {
+		return err
+	}
+	p, err := o.chosen(ctx, a, words, nil)
 	if err != nil {
 		return err
 	}
@@ -72,6 +81,26 @@ func runSeal(ctx context.Context, a *app, o sealOptions) error {
 		}
 	}
 	return o.run(ctx, a, move.Op{Kind: move.Seal, Moves: p.Moves, Roots: p.Roots})
+}
+
+// wordsOf are the words of a command line; a single "-" stands for those of a file.
+func wordsOf(words []string, in io.Reader) ([]string, error) {
+	if len(words) != 1 || words[0] != "-" {
+		return words, nil
+	}
+	const most = 16 << 20
+	b, err := io.ReadAll(io.LimitReader(in, most+1))
+	if err != nil {
+		return nil, err
+	}
+	words = strings.Fields(string(b))
+	switch {
+	case len(b) > most || len(words) > maxWords:
+		return nil, usagef("standard input has more than %d paths", maxWords)
+	case len(words) == 0:
+		return nil, usagef("standard input has no path")
+	}
+	return words, nil
 }
 
 // following counts the moves that nobody asked for.
@@ -116,7 +145,7 @@ The policy must permit each of them; the lines that do are shown, and you are as
 			o.words = args
 			return runRelease(cmd.Context(), a, o)
 		},
-	}, exitLocked, exitNoPath, exitNotPermitted, exitLeft, exitNoSpace, exitAborted, exitInUse, exitNotRoot, exitNoKeep)
+	}, exitLocked, exitNoPath, exitNotPermitted, exitLeft, exitResidue, exitNoSpace, exitAborted, exitInUse, exitNotRoot, exitNoKeep)
 	o.add(a, cmd)
 	return cmd
 }
@@ -126,7 +155,11 @@ func runRelease(ctx context.Context, a *app, o sealOptions) error {
 		return err
 	}
 	defer o.close()
-	p, err := o.chosen(ctx, a, nil, o.words)
+	words, err := wordsOf(o.words, os.Stdin)
+	if err != nil {
+		return err
+	}
+	p, err := o.chosen(ctx, a, nil, words)
 	if err != nil {
 		return err
 	}

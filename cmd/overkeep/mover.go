@@ -123,6 +123,9 @@ func (m *mover) run(ctx context.Context, a *app, op move.Op) error {
 	if len(res.Left) > 0 {
 		return &shownError{exitLeft}
 	}
+	if res.Clean != nil && len(res.Clean.Left) > 0 {
+		return &shownError{exitResidue}
+	}
 	return nil
 }
 

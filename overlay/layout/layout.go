@@ -168,14 +168,18 @@ func (k Keep) Upper() string       { return k.in("store/upper") }
 func (k Keep) Work() string        { return k.in("store/work") }
 func (k Keep) NixState() string    { return k.in("nix") }
 func (k Keep) NixDB() string       { return k.in("nix/db") }
-func (k Keep) Log() string         { return k.in("log") }
-func (k Keep) Policy() string      { return k.in("policy") }     // the user's drop-ins, *.policy
-func (k Keep) Provenance() string  { return k.in("provenance") } // recorded origins
-func (k Keep) Facts() string       { return k.in("facts") }      // what was found out and may be found out again
-func (k Keep) Journal() string     { return k.in("journal") }    // moves between the stores, under way and done
-func (k Keep) Builds() string      { return k.in("builds") }
-func (k Keep) DaemonHome() string  { return k.in("daemon") }
-func (k Keep) Tmp() string         { return k.in("tmp") }
+
+// Leaving holds a link for each path whose copy a mover is about to take out of the
+// upper layer, for it is valid in the system store: the keep's pins hold it there already.
+func (k Keep) Leaving() string    { return k.in("nix/gcroots/overkeep-moving") }
+func (k Keep) Log() string        { return k.in("log") }
+func (k Keep) Policy() string     { return k.in("policy") }     // the user's drop-ins, *.policy
+func (k Keep) Provenance() string { return k.in("provenance") } // recorded origins
+func (k Keep) Facts() string      { return k.in("facts") }      // what was found out and may be found out again
+func (k Keep) Journal() string    { return k.in("journal") }    // moves between the stores, under way and done
+func (k Keep) Builds() string     { return k.in("builds") }
+func (k Keep) DaemonHome() string { return k.in("daemon") }
+func (k Keep) Tmp() string        { return k.in("tmp") }
 func (k Keep) Home(sub string) string {
 	return k.in("home", sub)
 }

@@ -26,11 +26,17 @@ type CleanResult struct {
 	Logs     wipe.Report       `json:"logs"`  // and of build logs
 	Derivers int               `json:"derivers"`
 	Database nixdb.ScrubResult `json:"database"`
-	Slack    wipe.SlackReport  `json:"slack"`
+	Slack    []CleanedDir      `json:"slack"`
 	Devices  []CleanedDevice   `json:"devices"`
 	// Left says what could not be done, and why; empty means that a search of the
 	// devices finds nothing.
 	Left []string `json:"left,omitempty"`
+}
+
+// CleanedDir is a directory that held names.
+type CleanedDir struct {
+	Dir string `json:"dir"`
+	wipe.SlackReport
 }
 
 // CleanedDevice is the file system that holds a directory.
@@ -60,14 +66,18 @@ func (r *run) clean(ctx context.Context) (*CleanResult, error) {
 	for _, m := range r.res.Roots {
 		links = append(links, filepath.Dir(m.From))
 	}
-	c, err := r.World.clean(ctx, paths, keys(drvs), links)
-	if c != nil {
-		c.Files = r.wiped
-	}
-	return c, err
+	return r.World.clean(ctx, traces{paths: paths, drvs: keys(drvs), dirs: links, files: r.wiped})
 }
 
-func keys(m map[string]bool) (out []string) {
+// traces are what a clean looks for.
+type traces struct {
+	paths []string    // of the store
+	drvs  []string    // base names, for their logs
+	dirs  []string    // more directories whose file systems held something
+	files wipe.Report // what was overwritten before
+}
+
+func keys[V any](m map[string]V) (out []string) {
 	for k := range m {
 		out = append(out, k)
 	}
@@ -75,10 +85,10 @@ func keys(m map[string]bool) (out []string) {
 	return out
 }
 
-// clean removes all that names paths, and the logs of drvs (base names), from the
-// system's side. dirs are more directories whose file systems held something.
-func (w *World) clean(ctx context.Context, paths, drvs, dirs []string) (*CleanResult, error) {
-	c := &CleanResult{Devices: []CleanedDevice{}}
+// clean removes what the system's side tells of paths, and logs.
+func (w *World) clean(ctx context.Context, t traces) (*CleanResult, error) {
+	paths, drvs, dirs := t.paths, t.drvs, t.dirs
+	c := &CleanResult{Files: t.files, Slack: []CleanedDir{}, Devices: []CleanedDevice{}}
 	note := func(what string, err error) { c.Left = append(c.Left, fmt.Sprintf("%s: %v", what, err)) }
 	// What is valid in the system store by now is no secret of ours.
 	rows, err := valid(ctx, w.systemDB(), paths)
@@ -100,7 +110,7 @@ func (w *World) clean(ctx context.Context, paths, drvs, dirs []string) (*CleanRe
 		return c, err
 	}
 	for _, d := range drvs {
-		if _, ok := known["/nix/store/"+d]; !ok || sealed[d] {
+		if _, ok := known[storeDir+"/"+d]; !ok || sealed[d] {
 			private = append(private, d)
 		}
 	}
@@ -124,9 +134,7 @@ func (w *World) clean(ctx context.Context, paths, drvs, dirs []string) (*CleanRe
 	if c.Database.Live > 0 {
 		c.Left = append(c.Left, "Nix's database names them still: a derivation that makes them is in the system store (seal it, too)")
 	}
-	if c.Slack, err = wipe.Slack(ctx, w.Lower, names); err != nil {
-		note("directory of the store", err)
-	}
+	w.cleanSlack(ctx, c, names, drvs, note)
 	seen := map[uint64]bool{}
 	device := func(name string, dir *os.File) {
 		var st unix.Stat_t
@@ -135,6 +143,16 @@ func (w *World) clean(ctx context.Context, paths, drvs, dirs []string) (*CleanRe
 		}
 		seen[uint64(st.Dev)] = true
 		rep, err := wipe.Device(ctx, dir)
+		if err == nil && rep.Trim != wipe.Done && name == storeDir {
+			// No trim clears the blocks of long links' targets: they are used once more.
+			var left int
+			if left, err = wipe.Reuse(ctx, dir, t.files.Blocks); err == nil {
+				rep, err = wipe.Device(ctx, dir)
+			}
+			if left > 0 {
+				c.Left = append(c.Left, fmt.Sprintf("%d blocks with targets of symbolic links", left))
+			}
+		}
 		if err != nil {
 			note("device of "+name, err)
 		}
@@ -143,8 +161,8 @@ func (w *World) clean(ctx context.Context, paths, drvs, dirs []string) (*CleanRe
 		}
 		c.Devices = append(c.Devices, CleanedDevice{name, rep})
 	}
-	device("/nix/store", w.Lower)
-	for _, d := range append([]string{filepath.Join(w.System, "db"), "/nix/var/log/nix", "/nix/var/nix/gcroots"}, dirs...) {
+	device(storeDir, w.Lower)
+	for _, d := range append([]string{filepath.Join(w.System, "db"), logDir, "/nix/var/nix/gcroots"}, dirs...) {
 		f, err := w.Outside(d)
 		if err != nil {
 			continue // gone, and with it what was there
@@ -155,9 +173,57 @@ func (w *World) clean(ctx context.Context, paths, drvs, dirs []string) (*CleanRe
 	return c, ctx.Err()
 }
 
+const (
+	storeDir = "/nix/store"
+	logDir   = "/nix/var/log/nix" // the system's; in the view it is covered by the keep's
+)
+
+// cleanSlack clears old copies of names in the directories that had them.
+func (w *World) cleanSlack(ctx context.Context, c *CleanResult, names [][]byte, drvs []string, note func(string, error)) {
+	slack := func(name string, dir *os.File, names [][]byte) {
+		if len(names) == 0 {
+			return
+		}
+		rep, err := wipe.Slack(ctx, dir, names)
+		if err != nil {
+			note("directory "+name, err)
+			return
+		}
+		if rep.Looked != wipe.Done {
+			c.Left = append(c.Left, rep.Notes...)
+		}
+		c.Slack = append(c.Slack, CleanedDir{name, rep})
+	}
+	slack(storeDir, w.Lower, names)
+	if pins, err := os.Open(w.Keep.Pins()); err == nil {
+		slack(w.Keep.Pins(), pins, names)
+		pins.Close()
+	}
+	if links, err := openAt(w.Lower, ".links"); err == nil {
+		var hashes [][]byte
+		for _, n := range c.Files.LinkNames {
+			hashes = append(hashes, []byte(n))
+		}
+		slack(storeDir+"/.links", links, hashes)
+		links.Close()
+	}
+	// A log's directory has the first two letters of the hash, its name the rest.
+	of := map[string][][]byte{}
+	for _, d := range drvs {
+		of[d[:2]] = append(of[d[:2]], hashPart(d)[2:])
+	}
+	for dir, names := range of {
+		name := filepath.Join(logDir, "drvs", dir)
+		if f, err := w.Outside(name); err == nil {
+			slack(name, f, names)
+			f.Close()
+		}
+	}
+}
+
 func inStore(bases []string) (out []string) {
 	for _, b := range bases {
-		out = append(out, "/nix/store/"+b)
+		out = append(out, storeDir+"/"+b)
 	}
 	return out
 }
@@ -178,7 +244,7 @@ const maxLog = 1 << 30
 // cleanLogs carries the build logs of derivations into the keep, where `nix log` in the
 // view finds them, and wipes them outside.
 func (w *World) cleanLogs(ctx context.Context, drvs []string) (wipe.Report, error) {
-	logs, err := w.Outside("/nix/var/log/nix")
+	logs, err := w.Outside(logDir)
 	if errors.Is(err, unix.ENOENT) {
 		return wipe.Report{}, nil
 	}
@@ -209,9 +275,15 @@ func (w *World) keepLog(logs *os.File, drv, suffix string) error {
 	}
 	from := os.NewFile(uintptr(fd), "build log")
 	defer from.Close()
-	dir := filepath.Join(w.Keep.Log(), "drvs", drv[:2])
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
+	dir := w.Keep.Log()
+	for _, sub := range []string{"drvs", drv[:2]} {
+		dir = filepath.Join(dir, sub)
+		if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
+			return err
+		}
+		if err := os.Chmod(dir, 0o755); err != nil { // as Nix makes it, whatever our umask
+			return err
+		}
 	}
 	name := filepath.Join(dir, drv[2:]+suffix)
 	if _, err := os.Lstat(name); err == nil {
@@ -222,6 +294,9 @@ func (w *World) keepLog(logs *os.File, drv, suffix string) error {
 		return err
 	}
 	_, err = io.Copy(to, io.LimitReader(from, maxLog))
+	if err == nil {
+		err = to.Chmod(0o644)
+	}
 	if err == nil {
 		err = fsync(to)
 	}
@@ -263,7 +338,7 @@ func (w *World) Wipe(ctx context.Context, private []nixdb.Info) (*CleanResult, e
 		return nil, err
 	}
 	defer j.close()
-	c, err := w.clean(ctx, keys(paths), keys(drvs), nil)
+	c, err := w.clean(ctx, traces{paths: keys(paths), drvs: keys(drvs)})
 	if err != nil {
 		return c, errors.Join(err, j.add(event{Type: evEnd}))
 	}

@@ -45,8 +45,21 @@ func (r *run) release(ctx context.Context, b *batch) error {
 		}
 		return r.step(b, event{Type: evBack})
 	}
+	if err := r.awaitWorkers(ctx, b); err != nil {
+		return err
+	}
+	// No client of the personal daemon comes to use a copy that goes. A personal
+	// collection that we wait for needs the system's lock shared at most.
+	personal, err := gcLock(ctx, r.personalGC(), unix.LOCK_EX)
+	if err != nil {
+		return err
+	}
+	defer personal.Close()
 	if err := r.place(ctx, b, stage); err != nil {
 		return err
+	}
+	if len(r.going(b)) == 0 {
+		return nil
 	}
 	return r.dropUpper(ctx, b, pathsOf(r.going(b)))
 }
@@ -59,7 +72,14 @@ func (r *run) place(ctx context.Context, b *batch, stage *os.File) error {
 			l.unlock()
 		}
 	}()
-	var left []Left
+	left, err := r.busy(ctx, b)
+	if err != nil {
+		return err
+	}
+	if err := r.leave(b, left); err != nil {
+		return err
+	}
+	left = nil
 	for _, it := range r.going(b) {
 		l, err := lockPath(r.Lower, base(it.Info.Path))
 		var held *HeldError
@@ -179,11 +199,16 @@ func (r *run) unplace(ctx context.Context, b *batch, paths []string) error {
 // dropUpper removes the keep's copies of what is valid in the system store, after it
 // has been seen to that the keep holds on to it there.
 func (r *run) dropUpper(ctx context.Context, b *batch, paths []string) error {
-	// What comes back, or goes for good, has the roots that it had.
-	if r.op.Kind != Undo && r.op.Kind != Eject {
-		if err := r.holdReleased(b, paths); err != nil {
-			return err
-		}
+	var err error
+	switch r.op.Kind {
+	case Undo: // what comes back has the roots that it had
+	case Eject:
+		err = r.RootEjected(ctx)
+	default:
+		err = r.holdReleased(b, paths)
+	}
+	if err != nil {
+		return err
 	}
 	for _, rec := range b.roots {
 		if slices.Contains(paths, rec.Path) {
@@ -192,12 +217,12 @@ func (r *run) dropUpper(ctx context.Context, b *batch, paths []string) error {
 			}
 		}
 	}
-	if err := r.throwUpper(ctx, paths); err != nil {
+	idle, err := r.idle(ctx, paths)
+	if err != nil {
 		return err
 	}
-	// The lock of the system's collector is still held.
-	if err := r.Pin(ctx); err != nil {
-		return fmt.Errorf("pin what was released: %w", err)
+	if err := r.dropCopies(ctx, idle); err != nil {
+		return err
 	}
 	if err := r.step(b, event{Type: evDropped, Paths: paths}); err != nil {
 		return err
@@ -234,6 +259,62 @@ func (r *run) releasedOne(row nixdb.Info) {
 	r.moved[row.Path] = true
 	r.res.Released = append(r.res.Released, row.Path)
 	r.res.Bytes += row.NarSize
+}
+
+// dropCopies takes the keep's copies of paths out of the upper layer that are valid in
+// the system store. From then on nothing but the keep's pins may hold them there, and
+// our lock of the collector goes with us if we are killed: so they are pinned before.
+func (r *run) dropCopies(ctx context.Context, paths []string) error {
+	if len(paths) > 0 {
+		if err := r.mark(paths); err != nil {
+			return err
+		}
+		if err := r.Pin(ctx); err != nil {
+			return fmt.Errorf("pin what the system store has: %w", err)
+		}
+	}
+	if err := r.throwUpper(ctx, paths); err != nil {
+		return err
+	}
+	if err := r.Pin(ctx); err != nil { // and what is needed only now
+		return fmt.Errorf("pin what the system store has: %w", err)
+	}
+	return r.unmark()
+}
+
+// mark names paths to the supervisor as leaving the upper layer.
+func (r *run) mark(paths []string) error {
+	if len(paths) == 0 {
+		return nil
+	}
+	dir := r.Keep.Leaving()
+	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
+		return err
+	}
+	for _, p := range paths {
+		if err := os.Symlink(p, filepath.Join(dir, base(p))); err != nil && !errors.Is(err, os.ErrExist) {
+			return err
+		}
+	}
+	return syncDir(dir)
+}
+
+// unmark takes all marks back.
+func (r *run) unmark() error {
+	dir := r.Keep.Leaving()
+	list, err := os.ReadDir(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, e := range list {
+		if err := os.Remove(filepath.Join(dir, e.Name())); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	return rmdirPath(dir)
 }
 
 // throwUpper takes paths out of the upper layer, and removes them.
@@ -308,9 +389,14 @@ func (r *run) letGo(paths []string) error {
 // eject. It is not among the pins, which go with the keep.
 const ejectedRoots = "gcroots/overkeep-ejected"
 
-// RootEjected gives everything that the keep's gcroots and profiles hold a root in the
-// system store that outlives the keep.
+// RootEjected gives what the keep's gcroots and profiles hold, as far as it is in the
+// system store by now, a root there that outlives the keep. What is still private it does
+// not name.
 func (w *World) RootEjected(ctx context.Context) error {
+	held, err := valid(ctx, w.systemDB(), w.Held())
+	if err != nil || len(held) == 0 {
+		return err
+	}
 	top := filepath.Join(w.System, ejectedRoots)
 	dir := filepath.Join(top, w.Keep.Name)
 	for _, d := range []string{top, dir} {
@@ -318,7 +404,7 @@ func (w *World) RootEjected(ctx context.Context) error {
 			return err
 		}
 	}
-	for _, p := range w.Held() {
+	for p := range held {
 		if err := os.Symlink(p, filepath.Join(dir, base(p))); err != nil && !errors.Is(err, os.ErrExist) {
 			return err
 		}

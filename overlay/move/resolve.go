@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"overkeep/overlay/nixdb"
 	"overkeep/overlay/plan"
 	"overkeep/overlay/tree"
 )
@@ -21,6 +22,9 @@ func (r *run) resolve(ctx context.Context, b *batch) error {
 	case "", evGone, evDropped, evBack:
 		return nil // nothing begun, or nothing left to do
 	}
+	if err := nixdb.Confirm(ctx, r.systemDB()); err != nil {
+		return err
+	}
 	if b.kind == plan.Seal {
 		return r.resolveSeal(ctx, b)
 	}
@@ -28,11 +32,11 @@ func (r *run) resolve(ctx context.Context, b *batch) error {
 }
 
 func (r *run) resolveSeal(ctx context.Context, b *batch) error {
-	lock, err := gcLock(ctx, r.personalGC(), unix.LOCK_SH)
+	unlock, err := r.bothLocks(ctx)
 	if err != nil {
 		return err
 	}
-	defer lock.Close()
+	defer unlock()
 	var out []string
 	if b.phase == evDeleting {
 		rows, err := valid(ctx, r.systemDB(), b.paths)
@@ -47,11 +51,6 @@ func (r *run) resolveSeal(ctx context.Context, b *batch) error {
 			}
 		}
 	}
-	sys, err := gcLock(ctx, r.systemGC(), unix.LOCK_EX)
-	if err != nil {
-		return err
-	}
-	defer sys.Close()
 	locks, held, err := r.lockAll(pathsOf(b.items))
 	defer func() {
 		for _, l := range locks {
@@ -112,7 +111,9 @@ func (r *run) lockAll(paths []string) (locks []*pathLock, held map[string]bool, 
 func (r *run) takeBack(ctx context.Context, b *batch, items []item) error {
 	var paths []string
 	stay := map[string]bool{}
+	hash := map[string]string{}
 	for _, it := range items {
+		hash[it.Info.Path] = it.Info.NarHash
 		stay[it.Info.Path] = true
 		if b.ours[it.Info.Path] {
 			paths = append(paths, it.Info.Path)
@@ -122,23 +123,25 @@ func (r *run) takeBack(ctx context.Context, b *batch, items []item) error {
 	if err != nil {
 		return err
 	}
-	// The last copy is never removed, whatever the journal says.
+	// The last copy is never removed, whatever the journal says. One that was built again
+	// since, to other contents, is another: the keep's row is of ours.
 	var safe []string
 	for _, p := range paths {
-		if _, ok := rows[p]; ok {
+		if rows[p].NarHash == hash[p] {
 			safe = append(safe, p)
 		}
 	}
 	if err := tree.Remove(ctx, r.store, incoming); err != nil {
 		return err
 	}
-	if err := r.throwUpper(ctx, safe); err != nil {
+	// After an interruption somebody may have come to use them.
+	if safe, err = r.idle(ctx, safe); err != nil {
 		return err
 	}
 	// The keep may need them in the system store again: the lock of its collector is
 	// held until they are pinned.
-	if err := r.Pin(ctx); err != nil {
-		return fmt.Errorf("pin what stays: %w", err)
+	if err := r.dropCopies(ctx, safe); err != nil {
+		return err
 	}
 	for _, rec := range b.roots {
 		if stay[rec.Path] {
@@ -156,10 +159,33 @@ func (r *run) resolveRelease(ctx context.Context, b *batch) error {
 		return err
 	}
 	defer lock.Close()
-	if b.phase == evPlaced {
-		return r.dropUpper(ctx, b, b.paths)
+	personal, err := gcLock(ctx, r.personalGC(), unix.LOCK_EX)
+	if err != nil {
+		return err
 	}
+	defer personal.Close()
 	r.dirty = true
+	hash := map[string]string{}
+	for _, it := range b.items {
+		hash[it.Info.Path] = it.Info.NarHash
+	}
+	if b.phase == evPlaced {
+		// Nothing held them since: the system's collector may have run.
+		rows, err := valid(ctx, r.systemDB(), b.paths)
+		if err != nil {
+			return err
+		}
+		var in []string
+		for _, p := range b.paths {
+			if rows[p].NarHash == hash[p] {
+				in = append(in, p)
+			}
+		}
+		if len(in) == 0 {
+			return r.step(b, event{Type: evBack})
+		}
+		return r.dropUpper(ctx, b, in)
+	}
 	if b.phase != evPlacing {
 		if err := r.emptyStage(ctx); err != nil {
 			return err
@@ -181,12 +207,13 @@ func (r *run) resolveRelease(ctx context.Context, b *batch) error {
 	}
 	var in, out []string
 	for _, p := range b.paths {
-		if _, ok := rows[p]; ok {
+		switch row, ok := rows[p]; {
+		case ok && row.NarHash == hash[p]:
 			in = append(in, p)
-		} else {
-			if held[p] {
-				return &HeldError{p}
-			}
+		case ok: // somebody built it since, to other contents: theirs there, ours in the keep
+		case held[p]:
+			return &HeldError{p}
+		default:
 			out = append(out, p)
 		}
 	}
@@ -299,6 +326,11 @@ func (w *World) replay(op *operation, j *journal) (r *run, b *batch) {
 				case !slices.Contains(e.Paths, it.Info.Path):
 				case e.Type == evGone:
 					r.sealedOne(it.Info)
+					for _, rec := range b.roots {
+						if rec.Path == it.Info.Path { // clean looks at where they were
+							r.res.Roots = append(r.res.Roots, RootMoved{From: rec.Link, To: rec.To})
+						}
+					}
 				default:
 					r.releasedOne(it.Info)
 				}

@@ -318,6 +318,9 @@ func (r *run) finish(ctx context.Context) error {
 	if err := r.sweepLocks(); err != nil {
 		return err
 	}
+	if err := r.unmark(); err != nil {
+		return err
+	}
 	if r.op.Kind == Undo {
 		if err := r.letGo(r.res.Sealed); err != nil {
 			return err

@@ -21,8 +21,42 @@ import (
 
 // seal carries one batch into the keep. Each step may be repeated, and resolve takes
 // up after any of them.
+//
+// The copy is made beside the upper layer, where nobody sees it. What follows is done
+// with the locks of both collectors, by the rules of Nix's collector: nothing moves that
+// a root of the system store reaches, a client of either daemon included, nothing that
+// another process works on. Nobody comes to use a copy that is taken back, nor what is
+// wiped.
 func (r *run) seal(ctx context.Context, b *batch) error {
-	// While it is held no personal collection sees a path whose root is still outside.
+	if err := r.copyKept(ctx, b); err != nil {
+		return err
+	}
+	if err := r.awaitWorkers(ctx, b); err != nil {
+		return err
+	}
+	unlock, err := r.bothLocks(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	locks, err := r.free(ctx, b)
+	defer func() {
+		for _, l := range locks {
+			l.unlock()
+		}
+	}()
+	if err != nil {
+		return err
+	}
+	if err := r.keep(ctx, b); err != nil {
+		return err
+	}
+	return r.takeOut(ctx, b)
+}
+
+// copyKept copies a batch to beside the upper layer, and reads what the keep has already.
+func (r *run) copyKept(ctx context.Context, b *batch) error {
+	// What the keep has is not to be collected while it is read.
 	lock, err := gcLock(ctx, r.personalGC(), unix.LOCK_SH)
 	if err != nil {
 		return err
@@ -40,11 +74,97 @@ func (r *run) seal(ctx context.Context, b *batch) error {
 		return err
 	}
 	// Before it counts as kept: bytes and names are on the device.
-	if err := syncfs(in); err != nil {
+	return syncfs(in)
+}
+
+// free leaves out what is in use, and takes the locks of the rest.
+func (r *run) free(ctx context.Context, b *batch) (locks []*pathLock, err error) {
+	// Either collector may have come before our locks.
+	rows, err := valid(ctx, r.personalDB(), pathsOf(r.going(b)))
+	if err != nil {
+		return nil, err
+	}
+	system, err := valid(ctx, r.systemDB(), pathsOf(r.going(b)))
+	if err != nil {
+		return nil, err
+	}
+	var left []Left
+	for _, it := range r.going(b) {
+		if _, ok := system[it.Info.Path]; !ok {
+			left = append(left, Left{Path: it.Info.Path, Why: Vanished})
+		} else if _, ok := rows[it.Info.Path]; it.Duplicate && !ok {
+			left = append(left, Left{Path: it.Info.Path, Why: Changed})
+		}
+	}
+	if err := r.leave(b, left); err != nil {
+		return nil, err
+	}
+	if err := r.lookAtRoots(b); err != nil {
+		return nil, err
+	}
+	roots, err := r.Roots(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := r.leave(b, r.alive(b, roots)); err != nil {
+		return nil, err
+	}
+	if left, err = r.busy(ctx, b); err != nil {
+		return nil, err
+	}
+	if err := r.leave(b, left); err != nil {
+		return nil, err
+	}
+	left = nil
+	for _, it := range r.going(b) {
+		l, err := lockPath(r.Lower, base(it.Info.Path))
+		var held *HeldError
+		switch {
+		case errors.As(err, &held):
+			left = append(left, Left{Path: it.Info.Path, Why: Locked})
+		case err != nil:
+			return locks, err
+		default:
+			locks = append(locks, l)
+		}
+	}
+	return locks, r.leave(b, left)
+}
+
+// lookAtRoots finds the user's roots that are to move along with a batch.
+func (r *run) lookAtRoots(b *batch) error {
+	going := map[string]bool{}
+	for _, it := range r.going(b) {
+		going[it.Info.Path] = true
+	}
+	for _, root := range r.op.Roots {
+		if root.Kind != plan.RootUser || !going[root.Path] {
+			continue
+		}
+		rec, err := r.Links.Look(root)
+		if errors.Is(err, gcroot.ErrChanged) {
+			continue // it holds another path now, or none; else it holds this one where it is
+		}
+		if err != nil {
+			return err
+		}
+		b.roots = append(b.roots, rec)
+	}
+	return nil
+}
+
+// keep makes a batch valid in the keep, and seen there.
+func (r *run) keep(ctx context.Context, b *batch) error {
+	in, err := subdir(r.store, incoming)
+	if err != nil {
 		return err
 	}
+	defer in.Close()
 	if err := r.registerKept(ctx, b); err != nil {
 		return err
+	}
+	if len(r.going(b)) == 0 {
+		return nil // takeOut takes it back
 	}
 	for i, it := range b.items {
 		if _, stays := r.left[it.Info.Path]; stays || it.Duplicate {
@@ -58,20 +178,6 @@ func (r *run) seal(ctx context.Context, b *batch) error {
 			return err
 		}
 	}
-	for _, root := range r.op.Roots {
-		for _, it := range r.going(b) {
-			if root.Kind == plan.RootUser && root.Path == it.Info.Path {
-				rec, err := r.Links.Look(root)
-				if errors.Is(err, gcroot.ErrChanged) {
-					continue // if it still holds the path, that is seen below
-				}
-				if err != nil {
-					return err
-				}
-				b.roots = append(b.roots, rec)
-			}
-		}
-	}
 	if err := syncfs(r.upper); err != nil {
 		return err
 	}
@@ -81,7 +187,7 @@ func (r *run) seal(ctx context.Context, b *batch) error {
 	if err := r.Remount(); err != nil {
 		return fmt.Errorf("remount the store: %w", err)
 	}
-	return r.takeOut(ctx, b)
+	return nil
 }
 
 // copyIn copies what is no duplicate into a directory, under the items' numbers, and
@@ -263,54 +369,15 @@ func (r *run) clearName(dir *os.File, name string) error {
 // throw moves an entry into a trash directory, under a name that is free.
 func throw(dir *os.File, name string, bin *os.File) error {
 	for n := 0; ; n++ {
-		err := again(func() error {
-			return unix.Renameat2(int(dir.Fd()), name, int(bin.Fd()), strconv.Itoa(n), unix.RENAME_NOREPLACE)
-		})
+		err := renameNew(dir, name, bin, strconv.Itoa(n))
 		if !errors.Is(err, unix.EEXIST) {
 			return err
 		}
 	}
 }
 
-// takeOut removes a batch that is valid in the keep from the system store, by the
-// rules of Nix's collector: with its lock, nothing that a root reaches, nothing that
-// another process works on.
+// takeOut removes a batch that is valid in the keep from the system store.
 func (r *run) takeOut(ctx context.Context, b *batch) (err error) {
-	lock, err := gcLock(ctx, r.systemGC(), unix.LOCK_EX)
-	if err != nil {
-		return err
-	}
-	defer lock.Close()
-	roots, err := r.Roots(ctx)
-	if err != nil {
-		return err
-	}
-	var locks []*pathLock
-	defer func() {
-		for _, l := range locks {
-			l.unlock()
-		}
-	}()
-	left := r.alive(b, roots)
-	if err := r.leave(b, left); err != nil {
-		return err
-	}
-	left = nil
-	for _, it := range r.going(b) {
-		l, err := lockPath(r.Lower, base(it.Info.Path))
-		var held *HeldError
-		switch {
-		case errors.As(err, &held):
-			left = append(left, Left{Path: it.Info.Path, Why: Locked})
-		case err != nil:
-			return err
-		default:
-			locks = append(locks, l)
-		}
-	}
-	if err := r.leave(b, left); err != nil {
-		return err
-	}
 	for _, rec := range b.roots {
 		if _, stays := r.left[rec.Path]; stays {
 			continue
@@ -368,9 +435,11 @@ func (r *run) staying(b *batch) (out []item) {
 // alive tells what of a batch a root holds. The batch is closed under referrers, so
 // what reaches into it from outside is a root itself.
 func (r *run) alive(b *batch, roots []plan.Root) (left []Left) {
+	// Only those that were found as they should be: another one, though it was to move
+	// along, is not, and would be left leading nowhere.
 	moving := map[plan.Root]bool{}
-	for _, root := range r.op.Roots {
-		moving[plan.Root{Link: root.Link, Path: root.Path}] = true
+	for _, rec := range b.roots {
+		moving[plan.Root{Link: rec.Link, Path: rec.Path}] = true
 	}
 	going := map[string]bool{}
 	for _, it := range r.going(b) {
@@ -448,6 +517,11 @@ func (r *run) destroy(ctx context.Context, paths []string) error {
 	}
 	if err := fsync(r.Lower); err != nil {
 		return err
+	}
+	// Before they are emptied: a directory that the view has looked up in both layers
+	// goes on reading both, wherever the lower one is now, until the overlay forgets it.
+	if err := r.Remount(); err != nil {
+		return fmt.Errorf("remount the store: %w", err)
 	}
 	return r.emptyStage(ctx)
 }

@@ -70,10 +70,12 @@ func Open(p Places, h Hooks) (_ *World, err error) {
 			w.Close()
 		}
 	}()
-	if w.lock, err = openJournals(w.journals()); err != nil {
+	// First what a lock that is under way has unmounted, or now cannot: the journal's
+	// directory is made where there is none, and may not be made beneath the volume.
+	if w.store, err = openDir(p.Keep.StoreDir()); err != nil {
 		return nil, err
 	}
-	if w.store, err = openDir(p.Keep.StoreDir()); err != nil {
+	if w.lock, err = openJournals(w.journals()); err != nil {
 		return nil, err
 	}
 	if w.upper, err = openDir(p.Keep.Upper()); err != nil {
@@ -170,6 +172,13 @@ func there(dir *os.File, name string) (bool, error) {
 // there any more it has been done before.
 func rename(from *os.File, name string, to *os.File, newName string) error {
 	return again(func() error { return unix.Renameat(int(from.Fd()), name, int(to.Fd()), newName) })
+}
+
+// renameNew is rename to a name that must be free (EEXIST).
+func renameNew(from *os.File, name string, to *os.File, newName string) error {
+	return again(func() error {
+		return unix.Renameat2(int(from.Fd()), name, int(to.Fd()), newName, unix.RENAME_NOREPLACE)
+	})
 }
 
 func rmdir(dir *os.File, name string) error {

@@ -10,8 +10,6 @@ import (
 	"strings"
 
 	"github.com/mattn/go-sqlite3"
-
-	"overkeep/overlay/drv/storepath"
 )
 
 // Info is all that a Nix database says of one path, so that the path can be
@@ -102,10 +100,17 @@ func (i *Info) check() error {
 	return nil
 }
 
-// isStorePath: in whatever store directory the database is of.
+// isStorePath tells what can be one, in whatever store directory the database is of.
+// It is laxer than storepath.IsBase, whose tests import this package.
 func isStorePath(p string) bool {
+	const (
+		digits = "0123456789abcdfghijklmnpqrsvwxyz"
+		others = "ABCDEFGHIJKLMNOPQRSTUVWXYZeotu+-._?="
+	)
 	n := strings.LastIndexByte(p, '/')
-	return n > 0 && p[0] == '/' && !strings.ContainsRune(p, 0) && storepath.IsBase(p[n+1:])
+	base := p[n+1:]
+	return n > 0 && p[0] == '/' && !strings.ContainsRune(p, 0) && len(base) >= 34 && len(base) <= 255 && base[32] == '-' &&
+		strings.Trim(base[:32], digits) == "" && strings.Trim(base, digits+others) == ""
 }
 
 // writing opens a database for writing. The connections delete securely (what a row
@@ -204,6 +209,25 @@ func row(ctx context.Context, tx *sql.Tx, path string) (id int64, hash string, e
 		return 0, "", nil
 	}
 	return id, hash, err
+}
+
+// Confirm makes what readers see now what stays, durably, by one transaction more that
+// changes no row. Call it before deciding by a read after a crash, or after Register or
+// Invalidate failed: a transaction whose last sync fails is rolled back for everybody
+// who looks, but its frames, with the mark of the commit, stay at the end of the WAL,
+// and the next to open the database alone would take them for committed
+// (sqlite.org/walformat.html); and one that a killed process wrote may be seen and not
+// yet be on disk. The transaction is written over the former and synced with the latter.
+func Confirm(ctx context.Context, file string) error {
+	return inTx(ctx, file, func(tx *sql.Tx) error {
+		var version int64
+		if err := tx.QueryRowContext(ctx, "pragma user_version").Scan(&version); err != nil {
+			return err
+		}
+		// Also the same number is a page that is written.
+		_, err := tx.ExecContext(ctx, fmt.Sprintf("pragma user_version = %d", version))
+		return err
+	})
 }
 
 // Register adds rows, with their references and outputs, in one transaction: all or

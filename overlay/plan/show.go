@@ -155,5 +155,5 @@ func (m Medium) residue(seals bool) []Residue {
 	}
 	return append(out,
 		Residue{"copies", "backups, snapshots and caches of others that were made before"},
-		Residue{"logs", "names in shell histories, in the system's journal and in other programs' files: `overkeep audit` looks for them"})
+		Residue{"logs", "names in shell histories, in the system's journal and in other programs' files"})
 }

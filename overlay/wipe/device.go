@@ -7,7 +7,6 @@ import (
 	"math"
 	"os"
 	"runtime"
-	"strconv"
 	"strings"
 	"unsafe"
 
@@ -51,8 +50,7 @@ type trimRange struct{ start, length, least uint64 }
 // everything back, has the free blocks discarded (FITRIM) and the journal checkpointed and
 // overwritten with zeros (EXT4_IOC_CHECKPOINT, Linux 5.14; Documentation/filesystems/
 // ext4/journal.rst). A step that is not supported or denied is an answer, not an
-// error. FITRIM passes over groups of blocks in which nothing was freed since it was
-// last done.
+// error.
 func Device(ctx context.Context, dir *os.File) (r DeviceReport, err error) {
 	fd := int(dir.Fd())
 	if err := retry(func() error { return unix.Syncfs(fd) }); err != nil {
@@ -80,8 +78,7 @@ func Device(ctx context.Context, dir *os.File) (r DeviceReport, err error) {
 	if err := ctx.Err(); err != nil {
 		return r, err
 	}
-	t := trimRange{length: math.MaxUint64}
-	err = retry(func() error { return ioctl(fd, ioctlTrim, unsafe.Pointer(&t)) })
+	t, err := trim(fd)
 	if r.Trim, err = answer(err); err != nil {
 		return r, quoted("trim", dir.Name(), err)
 	}
@@ -92,6 +89,26 @@ func Device(ctx context.Context, dir *os.File) (r DeviceReport, err error) {
 		r.Notes = note(r.Notes, noteNoTrim)
 	}
 	return r, nil
+}
+
+// trim discards all free blocks, also those that ext4 takes for discarded: it passes
+// over a group of blocks that was trimmed before and in which nothing was freed since,
+// but does not count as freed what it had only set aside for a growing file, with
+// whatever old data it held (fs/ext4/mballoc.c, ext4_mb_release_inode_pa). It does
+// not pass over it if shorter runs of blocks are asked for than the last time; so the
+// first call asks for runs as long as a group, of which there are few.
+func trim(fd int) (t trimRange, err error) {
+	var fs unix.Statfs_t
+	if err := retry(func() error { return unix.Fstatfs(fd, &fs) }); err != nil {
+		return t, err
+	}
+	t = trimRange{length: math.MaxUint64, least: 8 * uint64(fs.Bsize) * uint64(fs.Bsize)}
+	if err := retry(func() error { return ioctl(fd, ioctlTrim, unsafe.Pointer(&t)) }); err != nil && !errors.Is(err, unix.EINVAL) {
+		return t, err // EINVAL: groups are smaller here
+	}
+	t = trimRange{length: math.MaxUint64}
+	err = retry(func() error { return ioctl(fd, ioctlTrim, unsafe.Pointer(&t)) })
+	return t, err
 }
 
 const (
@@ -186,20 +203,3 @@ func (d *Disk) ReadAt(b []byte, at int64) (int, error) { return d.f.ReadAt(b, at
 
 // Close closes it.
 func (d *Disk) Close() error { return d.f.Close() }
-
-// Rotational reports whether a device (/dev/NAME) says of itself that it is no flash;
-// known is false where it does not say.
-func Rotational(dev string) (yes, known bool) {
-	var st unix.Stat_t
-	if unix.Stat(dev, &st) != nil {
-		return false, false
-	}
-	dir := fmt.Sprintf("/sys/dev/block/%d:%d/", unix.Major(st.Rdev), unix.Minor(st.Rdev))
-	for _, at := range []string{"queue/rotational", "../queue/rotational"} { // a partition has none of its own
-		if b, err := os.ReadFile(dir + at); err == nil {
-			n, err := strconv.Atoi(strings.TrimSpace(string(b)))
-			return n == 1, err == nil
-		}
-	}
-	return false, false
-}

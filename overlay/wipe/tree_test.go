@@ -209,6 +209,40 @@ func TestTreeRepeated(t *testing.T) {
 	}
 }
 
+// A tree of many small files. entries is what one directory has.
+func TestMany(t *testing.T) {
+	const entries = 10_000
+	d := newDevice(t, 256<<20, false)
+	tree := filepath.Join(d.mnt, "tree")
+	if err := os.Mkdir(tree, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	dir := opened(t, tree)
+	for i := range entries {
+		fd, err := unix.Openat(int(dir.Fd()), fmt.Sprint(inName, i), unix.O_CREAT|unix.O_WRONLY|unix.O_EXCL, 0o444)
+		if err == nil && i%10 == 0 {
+			_, err = unix.Write(fd, []byte(inContent))
+		}
+		if err := errors.Join(err, unix.Close(fd)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if found := d.onDisk(t, inContent, inName); found[inContent] < entries/10 || found[inName] < entries {
+		t.Fatal(found)
+	}
+	parent := opened(t, d.mnt)
+	r, err := Tree(t.Context(), parent, "tree", Options{})
+	if err != nil || r.Files != entries {
+		t.Errorf("%+v, %v", r, err)
+	}
+	if dev, err := Device(t.Context(), parent); err != nil || dev.Trim != Unsupported {
+		t.Errorf("%+v, %v", dev, err)
+	}
+	if found := d.onDisk(t, inContent, inName); len(found) != 0 {
+		t.Error(found)
+	}
+}
+
 // What another path has, too, is left as it is; with the last of them it goes.
 func TestShared(t *testing.T) {
 	d := newDevice(t, 64<<20, false)

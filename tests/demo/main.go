@@ -97,7 +97,18 @@ func play(t *stage) {
 		t.Fatalf("the verdicts are not as they should be")
 	}
 
-	say("8. Locking takes proof. While something holds the keep, it says so and names it.")
+	say("8. A project of last year lies in the plaintext store. What belongs into the keep moves there, and is wiped outside.")
+	oldName, oldContent := "acme-old-"+word(), "old-secret-"+word()
+	d.quiet("alice", "cd; nix-build -o result -E "+fixture.Quote(fixture.Derivation(oldName, "echo "+oldContent+" > $out")))
+	if n := m.Search(t, oldContent)[oldContent]; n == 0 {
+		t.Fatalf("the search does not find what lies in plaintext")
+	}
+	d.as("root", "overkeep plan", "")
+	d.as("root", "overkeep apply --yes", "")
+	d.view("cat ~/keep/links/home/alice/result")
+	d.as("alice", "ls; ls /nix/store | grep "+oldName+" || echo nothing of it", "")
+
+	say("9. Locking takes proof. While something holds the keep, it says so and names it.")
 	p, err := m.Start("root", "exec "+fixture.ViewCommand("echo in; exec sleep 1000"))
 	if err != nil {
 		t.Fatalf("%v", err)
@@ -110,16 +121,18 @@ func play(t *stage) {
 	}
 	d.as("root", "overkeep lock alice --kill --yes", "")
 
-	say("9. A thief takes the disk. This is what lies on it.")
+	say("10. A thief takes the disk. This is what lies on it.")
 	m.Write(t, "/home/bob/notes", "plain-"+name+"\n") // shows that the search finds what is there
-	hits := m.Search(t, name, content, "plain-"+name, passphrase)
+	hits := m.Search(t, name, content, "plain-"+name, passphrase, oldName, oldContent)
 	private := hits[name] - hits["plain-"+name] // the control holds the name, too
 	fmt.Printf("    searched for in all blocks of the disk           hits\n")
 	fmt.Printf("    the project's name                               %d\n", private)
 	fmt.Printf("    its contents                                     %d\n", hits[content])
+	fmt.Printf("    the project that lay in plaintext: its name      %d\n", hits[oldName])
+	fmt.Printf("    and its contents                                 %d\n", hits[oldContent])
 	fmt.Printf("    the passphrase                                   %d\n", hits[passphrase])
 	fmt.Printf("    a plain file, to show that the search finds      %d\n\n", hits["plain-"+name])
-	if private != 0 || hits[content] != 0 || hits[passphrase] != 0 || hits["plain-"+name] == 0 {
+	if private != 0 || hits[content] != 0 || hits[oldName] != 0 || hits[oldContent] != 0 || hits[passphrase] != 0 || hits["plain-"+name] == 0 {
 		t.Fatalf("the search of the disk is not as promised")
 	}
 	d.as("root", "find /var/lib/overkeep; cat /var/lib/overkeep/alice/keep.json; head -n 2 /var/lib/overkeep/alice/slots/passphrase.age; "+
@@ -128,7 +141,7 @@ func play(t *stage) {
 		"    how much of it was ever written. Not which paths, how many, or what they are called.")
 	fmt.Println()
 
-	say("10. With the recovery key (and no passphrase) it opens again; all is there.")
+	say("11. With the recovery key (and no passphrase) it opens again; all is there.")
 	d.as("root", "overkeep unlock alice --identity /run/recovery.txt", "")
 	if got := d.view("cat " + path); !strings.Contains(got, content) {
 		t.Fatalf("the private path reads %q", got)

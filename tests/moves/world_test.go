@@ -381,9 +381,24 @@ func (w *world) hidden(t *testing.T) {
 	words := []string{w.canary, w.hashes[w.searchN%len(w.hashes)]}
 	for word, at := range w.Find(t, words...) {
 		if len(at) > 0 {
-			t.Errorf("%q is on the disk %d times, first %s", word, len(at), w.Owner(at[0]))
+			t.Errorf("%q is on the disk %d times, first %s:\n%q", word, len(at), w.Owner(at[0]), w.excerpt(at[0]))
 		}
 	}
+}
+
+// excerpt is what lies around a byte of the disk.
+func (w *world) excerpt(at int64) string {
+	f, err := os.Open(w.Disk)
+	if err != nil {
+		return err.Error()
+	}
+	defer f.Close()
+	b := make([]byte, 400)
+	_, err = f.ReadAt(b, max(0, at-200))
+	if err != nil {
+		return err.Error()
+	}
+	return string(b)
 }
 
 // shown fails the test unless a search finds what lies in the system store: else
