@@ -74,8 +74,11 @@ func runUnlock(ctx context.Context, a *app, o unlockOptions) error {
 	if st, err := k.State(ctx); err == nil && st == keep.Unlocked {
 		return a.ui.done(unlockDone{&keep.UnlockResult{Keep: k.Name, Already: true}, a.here().command("shell", k.Name)})
 	}
-	if err := keep.CheckNix(); err != nil {
-		return err
+	k.LookForNix()
+	if o.auth.asks() {
+		if err := k.CheckNix(); err != nil {
+			return err
+		}
 	}
 	return o.auth.with(ctx, a.ui, k.Name, func(auth keep.Auth) error {
 		r, err := k.Unlock(ctx, auth)
