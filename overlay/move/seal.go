@@ -381,13 +381,20 @@ func throw(dir *os.File, name string, bin *os.File) error {
 
 // takeOut removes a batch that is valid in the keep from the system store.
 func (r *run) takeOut(ctx context.Context, b *batch) (err error) {
+	var left []Left
 	for _, rec := range b.roots {
 		if _, stays := r.left[rec.Path]; stays {
 			continue
 		}
-		if err := r.Links.Make(rec); err != nil {
+		// Where it cannot come along, it holds what it holds.
+		if err := r.Links.Make(rec); gcroot.Theirs(err) || errors.Is(err, unix.EACCES) {
+			left = append(left, Left{Path: rec.Path, Why: Alive, By: rec.Link})
+		} else if err != nil {
 			return err
 		}
+	}
+	if err := r.leave(b, left); err != nil {
+		return err
 	}
 	if err := syncfs(r.upper); err != nil {
 		return err
@@ -470,7 +477,7 @@ func (r *run) forget(ctx context.Context, b *batch, paths []string) error {
 			continue
 		}
 		// One that its user changed meanwhile is not ours to take away.
-		if err := r.Links.Remove(rec); err != nil && !errors.Is(err, gcroot.ErrChanged) {
+		if err := r.Links.Remove(rec); err != nil && !gcroot.Theirs(err) {
 			return err
 		}
 		r.res.Roots = append(r.res.Roots, RootMoved{From: rec.Link, To: rec.To})
