@@ -88,6 +88,19 @@ func (r *run) resolveSeal(ctx context.Context, b *batch) error {
 	return r.forget(ctx, b, out)
 }
 
+// lockBatch takes the locks of what is to move, and leaves out what somebody else has.
+func (r *run) lockBatch(b *batch) ([]*pathLock, error) {
+	locks, held, err := r.lockAll(pathsOf(r.going(b)))
+	if err != nil {
+		return locks, err
+	}
+	var left []Left
+	for _, p := range keys(held) {
+		left = append(left, Left{Path: p, Why: Locked})
+	}
+	return locks, r.leave(b, left)
+}
+
 // lockAll takes the locks of paths, but for those that somebody else has.
 func (r *run) lockAll(paths []string) (locks []*pathLock, held map[string]bool, err error) {
 	held = map[string]bool{}

@@ -115,20 +115,7 @@ func (r *run) free(ctx context.Context, b *batch) (locks []*pathLock, err error)
 	if err := r.leave(b, left); err != nil {
 		return nil, err
 	}
-	left = nil
-	for _, it := range r.going(b) {
-		l, err := lockPath(r.Lower, base(it.Info.Path))
-		var held *HeldError
-		switch {
-		case errors.As(err, &held):
-			left = append(left, Left{Path: it.Info.Path, Why: Locked})
-		case err != nil:
-			return locks, err
-		default:
-			locks = append(locks, l)
-		}
-	}
-	return locks, r.leave(b, left)
+	return r.lockBatch(b)
 }
 
 // lookAtRoots finds the user's roots that are to move along with a batch.
@@ -379,6 +366,22 @@ func throw(dir *os.File, name string, bin *os.File) error {
 	}
 }
 
+// throwAll throws those of paths that lie in dir.
+func throwAll(dir *os.File, paths []string, bin *os.File) error {
+	for _, p := range paths {
+		ok, err := there(dir, base(p))
+		if err != nil {
+			return err
+		}
+		if ok {
+			if err := throw(dir, base(p), bin); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // takeOut removes a batch that is valid in the keep from the system store.
 func (r *run) takeOut(ctx context.Context, b *batch) (err error) {
 	var left []Left
@@ -514,16 +517,8 @@ func (r *run) destroy(ctx context.Context, paths []string) error {
 		return err
 	}
 	defer stage.Close()
-	for _, p := range paths {
-		ok, err := there(r.Lower, base(p))
-		if err != nil {
-			return err
-		}
-		if ok {
-			if err := throw(r.Lower, base(p), stage); err != nil {
-				return err
-			}
-		}
+	if err := throwAll(r.Lower, paths, stage); err != nil {
+		return err
 	}
 	if err := fsync(r.Lower); err != nil {
 		return err
