@@ -241,13 +241,13 @@ func (r *run) dropUpper(ctx context.Context, b *batch, paths []string) error {
 // user has made something else there, or removed the directory, it stays in the keep.
 func (r *run) restoreRoot(rec gcroot.Record) error {
 	err := r.Links.Restore(rec)
-	if errors.Is(err, gcroot.ErrTaken) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
+	if gcroot.Theirs(err) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	if err := r.Links.Drop(rec); err != nil && !errors.Is(err, gcroot.ErrChanged) {
+	if err := r.Links.Drop(rec); err != nil && !gcroot.Theirs(err) {
 		return err
 	}
 	r.res.Roots = append(r.res.Roots, RootMoved{From: rec.To, To: rec.Link, Back: true})

@@ -203,7 +203,7 @@ func (r *run) copyIn(ctx context.Context, b *batch, from, to *os.File) error {
 		if err != nil {
 			return err
 		}
-		jobs = append(jobs, tree.Job{Name: base(it.Info.Path), NewName: strconv.Itoa(i), Want: want})
+		jobs = append(jobs, tree.Job{Name: base(it.Info.Path), NewName: strconv.Itoa(i), Want: want, NarSize: it.Info.NarSize})
 		index = append(index, i)
 	}
 	var left []Left
@@ -235,7 +235,10 @@ func (r *run) items(b *batch) func(yield func(int, item) bool) {
 
 func notCopied(path string, err error) Left {
 	var m *tree.MismatchError
+	var size *tree.SizeError
 	switch {
+	case errors.As(err, &size):
+		return Left{Path: path, Why: Corrupt, By: fmt.Sprintf("more than %d bytes", size.Want)}
 	case errors.As(err, &m):
 		return Left{Path: path, Why: Corrupt, By: "sha256:" + hex.EncodeToString(m.Got[:])}
 	case errors.Is(err, fs.ErrNotExist):
@@ -378,13 +381,20 @@ func throw(dir *os.File, name string, bin *os.File) error {
 
 // takeOut removes a batch that is valid in the keep from the system store.
 func (r *run) takeOut(ctx context.Context, b *batch) (err error) {
+	var left []Left
 	for _, rec := range b.roots {
 		if _, stays := r.left[rec.Path]; stays {
 			continue
 		}
-		if err := r.Links.Make(rec); err != nil {
+		// Where it cannot come along, it holds what it holds.
+		if err := r.Links.Make(rec); gcroot.Theirs(err) || errors.Is(err, unix.EACCES) {
+			left = append(left, Left{Path: rec.Path, Why: Alive, By: rec.Link})
+		} else if err != nil {
 			return err
 		}
+	}
+	if err := r.leave(b, left); err != nil {
+		return err
 	}
 	if err := syncfs(r.upper); err != nil {
 		return err
@@ -467,7 +477,7 @@ func (r *run) forget(ctx context.Context, b *batch, paths []string) error {
 			continue
 		}
 		// One that its user changed meanwhile is not ours to take away.
-		if err := r.Links.Remove(rec); err != nil && !errors.Is(err, gcroot.ErrChanged) {
+		if err := r.Links.Remove(rec); err != nil && !gcroot.Theirs(err) {
 			return err
 		}
 		r.res.Roots = append(r.res.Roots, RootMoved{From: rec.Link, To: rec.To})

@@ -183,7 +183,7 @@ func (w *world) class(r boundary.Report) string {
 		o = "keep"
 	case strings.Contains(o, "/nix/var/nix/db"):
 		o = "system db"
-	case strings.Contains(o, "/.overkeep-"):
+	case strings.Contains(o, "-overkeep-moving"):
 		o = "stage"
 	case strings.Contains(o, ".lock"):
 		o = "lock"
@@ -289,7 +289,7 @@ grep -Fxf /run/private.list /run/valid.system | sed 's/^/system /' || :
 sqlite3 $sys "$open" | sed 's/^/open system: /'
 while read -r p; do [ ! -e $p -a ! -L $p ] || echo lower $p; done </run/private.list
 while read -r p; do [ -e $p -o -L $p ] || echo "open system: no files of $p"; done </run/valid.system
-find /nix/store -mindepth 1 -maxdepth 1 \( -name '.overkeep*' -o -name '*.lock' -o -name '*.tmp' \) -printf 'left /nix/store/%f\n'
+find /nix/store -mindepth 1 -maxdepth 1 \( -name '.overkeep*' -o -name '*-overkeep-moving' -o -name '*.lock' -o -name '*.tmp' \) -printf 'left /nix/store/%f\n'
 [ ! -L ` + resultLink + ` ] || echo result $(readlink ` + resultLink + `)
 $verify && nix-store --verify --check-contents 2>&1 | sed 's/^/verify system: /' || :
 exec overkeep run alice --as-root -- bash -eu -c '
