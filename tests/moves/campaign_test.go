@@ -454,8 +454,9 @@ func TestPowerCut(t *testing.T) {
 				s.prepare(t, c)
 				w.Must(t, "root", "sync") // what was before is not what is lost
 				rep, _ := w.disturb(t, fmt.Sprintf("-cut %d:/", n), c.args(w)...)
-				if rep.At == 0 {
-					t.Fatalf("call %d was not reached", n)
+				if rep.At == 0 { // a run that came after another one can be shorter
+					s.settle(t, c, c.to)
+					return
 				}
 				s.tried++
 				s.by[c.name]++
