@@ -184,6 +184,11 @@ func opClose(ctx context.Context, c *call) (any, error) {
 			return nil, l.notLocked("the keep is in use", hs)
 		}
 	}
+	if c.Locking == LockKill {
+		if err := l.endFirst(ctx); err != nil {
+			return nil, err
+		}
+	}
 	l.stopSupervisor(c.Locking)
 	for {
 		err := l.attempt(ctx)
