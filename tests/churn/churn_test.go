@@ -206,7 +206,15 @@ func (c *churn) buildIn(r *rand.Rand) {
 	defer release()
 	name, text := c.named(r, aliceIn)
 	file := c.expression(c.t, name, text, deps...)
-	res, disturbed := c.inView("mkdir -p roots; out=$(nix-build -o roots/" + name + " " + file + "); " + fmt.Sprintf(sums, "$out"))
+	build := "mkdir -p roots; out=$(nix-build -o roots/" + name + " " + file + "); " + fmt.Sprintf(sums, "$out")
+	res, disturbed := c.inView(build)
+	if res.Code != 0 && !disturbed && strings.Contains(res.Stderr, "is not valid") {
+		// Nix asks the keep's database for a path and then, for as long as a seal of it
+		// may take, the system store: in one it was not yet, in the other it is no more.
+		// It is refused, and nothing else; asked again it is there.
+		c.did("build alice", "asked while it moved")
+		res, disturbed = c.inView(build)
+	}
 	path, sum := made(res.Stdout)
 	switch {
 	case res.Code == 0 && path != "":
