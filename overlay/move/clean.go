@@ -197,7 +197,14 @@ func (w *World) cleanSlack(ctx context.Context, c *CleanResult, names [][]byte, 
 		}
 		c.Slack = append(c.Slack, CleanedDir{name, rep})
 	}
-	slack(storeDir, w.Lower, names)
+	// No personal collection may come upon the entries that this puts there: it would
+	// give up at them (see newStage).
+	if lock, err := gcLock(ctx, w.personalGC(), unix.LOCK_SH); err != nil {
+		note("directory "+storeDir, err)
+	} else {
+		slack(storeDir, w.Lower, names)
+		lock.Close()
+	}
 	if pins, err := os.Open(w.Keep.Pins()); err == nil {
 		slack(w.Keep.Pins(), pins, names)
 		pins.Close()

@@ -203,7 +203,7 @@ func (r *run) copyIn(ctx context.Context, b *batch, from, to *os.File) error {
 		if err != nil {
 			return err
 		}
-		jobs = append(jobs, tree.Job{Name: base(it.Info.Path), NewName: strconv.Itoa(i), Want: want})
+		jobs = append(jobs, tree.Job{Name: base(it.Info.Path), NewName: strconv.Itoa(i), Want: want, NarSize: it.Info.NarSize})
 		index = append(index, i)
 	}
 	var left []Left
@@ -235,7 +235,10 @@ func (r *run) items(b *batch) func(yield func(int, item) bool) {
 
 func notCopied(path string, err error) Left {
 	var m *tree.MismatchError
+	var size *tree.SizeError
 	switch {
+	case errors.As(err, &size):
+		return Left{Path: path, Why: Corrupt, By: fmt.Sprintf("more than %d bytes", size.Want)}
 	case errors.As(err, &m):
 		return Left{Path: path, Why: Corrupt, By: "sha256:" + hex.EncodeToString(m.Got[:])}
 	case errors.Is(err, fs.ErrNotExist):

@@ -85,8 +85,7 @@ func (w *world) processes(t *testing.T) {
 // that somebody holds and that refers to it.
 func (w *world) others(t *testing.T) {
 	w.add(t, tree{"secret-bobs", "echo x >$out", nil}, tree{"secret-roots", "echo x >$out", nil}, tree{"secret-boot", "echo x >$out", nil},
-		tree{"secret-below", "echo x >$out", nil}, tree{"pub-above", "echo x >$out", []string{"secret-below"}},
-		tree{"secret-pinned", "echo x >$out", nil})
+		tree{"secret-below", "echo x >$out", nil}, tree{"pub-above", "echo x >$out", []string{"secret-below"}})
 	w.Must(t, "bob", "nix-store --realise "+at("secret-bobs")+" --add-root ~/result >/dev/null", daemon)
 	w.Must(t, "root", "nix-store --realise "+at("pub-above")+" --add-root /root/above >/dev/null; ln -s "+at("secret-roots")+" /nix/var/nix/gcroots/odd; ln -s "+at("secret-boot")+" /run/current-system; ln -s /run/current-system /nix/var/nix/gcroots/", daemon)
 	w.held(t, "secret-bobs", "other", "/home/bob/result")
@@ -97,6 +96,7 @@ func (w *world) others(t *testing.T) {
 
 	w.MustOverkeep(t, 0, "bob's passphrase", "init", "--user", "bob", "--work-factor", "10", "--passphrase-fd", "0", "--recovery-out", "/run/bob", "--yes", "--size", "64M")
 	w.MustOverkeep(t, 0, "bob's passphrase", "unlock", "bob", "--passphrase-fd", "0")
+	w.add(t, tree{"secret-pinned", "echo x >$out", nil})
 	w.Must(t, "root", "overkeep run bob -- nix-store --realise "+at("secret-pinned")+" --add-root /home/bob/keep/result >/dev/null")
 	w.MustOverkeep(t, 0, "", "lock", "bob", "--yes") // settled by then
 	w.held(t, "secret-pinned", "keep-pin", "/nix/var/nix/gcroots/overkeep/bob")
@@ -108,31 +108,34 @@ func (w *world) others(t *testing.T) {
 	w.sound(t)
 }
 
-// slow is a derivation that waits in its build until a file appears, reads its
-// dependency again, and ends.
+// slow is a derivation that reads its dependency, waits in its build until gate lets it
+// go on, and reads it again.
 func slow(name, dep string) string {
-	return fixture.Derivation(name, "cat "+at(dep)+" >$out; echo started >&2; while ! test -e /build-go/go; do read -t 0.05 x </build-go/never || :; done; cat "+at(dep)+" >>$out; exit 0", at(dep))
+	return fixture.Derivation(name, "read x <"+at(dep)+"; echo $x >$out; : >/gate/started; read y </gate/go; read z <"+at(dep)+" && echo $z >>$out", at(dep))
 }
 
+const sandbox = " --option sandbox-paths '/bin/sh=/usr/bin/busybox /gate=/run/gate' 2>&1"
+
 // gate is a directory that builds see, which tells them to go on.
-func (w *world) gate(t *testing.T) {
+func (w *world) gate(t *testing.T) (open func()) {
 	t.Helper()
-	w.Must(t, "root", "mkdir -p /run/go; rm -f /run/go/*; mkfifo -m 666 /run/go/never")
+	w.Must(t, "root", "rm -rf /run/gate; mkdir -m 777 /run/gate; mkfifo -m 666 /run/gate/go; chmod 777 /run/gate")
+	return func() { w.Must(t, "root", "echo go >/run/gate/go") }
 }
 
 func (w *world) buildOutside(t *testing.T) {
 	w.add(t, tree{"secret-input", "echo input >$out", nil})
-	w.gate(t)
+	open := w.gate(t)
 	w.Write(t, "/run/slow.nix", slow("pub-slow", "secret-input"))
-	p := w.start(t, "root", "exec nix-build --no-out-link /run/slow.nix --option sandbox-paths '/bin/sh=/usr/bin/busybox /build-go=/run/go'")
-	w.awaitOutput(t, p, "started")
+	p := w.start(t, "root", "exec nix-build --no-out-link /run/slow.nix"+sandbox)
+	w.await(t, "test -e /run/gate/started")
 	why, by := w.blockedBy(t, at("secret-input"))
 	if why != "temp" && why != "process" {
 		t.Errorf("a build at work: blocked by %q %q", why, by)
 	}
 	w.exec(t, blocked, "seal", "--keep", "alice", "--yes", at("secret-input"))
 	w.home(t, "system", "secret-input")
-	w.Must(t, "root", "touch /run/go/go")
+	open()
 	if r, err := p.Wait(); err != nil || r.Code != 0 {
 		t.Errorf("the build: %v %+v", err, r)
 	}
@@ -144,13 +147,13 @@ func (w *world) buildOutside(t *testing.T) {
 // buildInView: the keep's own daemon builds with a path of the system store as input.
 func (w *world) buildInView(t *testing.T) {
 	w.add(t, tree{"secret-view-input", "echo input >$out", nil})
-	w.gate(t)
+	open := w.gate(t)
 	w.Write(t, "/run/slow.nix", slow("pub-view-slow", "secret-view-input"))
-	p := w.start(t, "root", "exec overkeep run alice --as-root -- env NIX_REMOTE=daemon nix-build --no-out-link /run/slow.nix --option sandbox-paths '/bin/sh=/usr/bin/busybox /build-go=/run/go'")
-	w.awaitOutput(t, p, "started")
+	p := w.start(t, "root", "exec overkeep run alice --as-root -- env NIX_REMOTE=daemon nix-build --no-out-link /run/slow.nix"+sandbox)
+	w.await(t, "test -e /run/gate/started")
 	r := w.Overkeep(t, "", "seal", "--keep", "alice", "--yes", at("secret-view-input"))
 	t.Logf("seal of an input of a build in the view: exit code %d\n%s%s", r.Code, r.Stdout, r.Stderr)
-	w.Must(t, "root", "touch /run/go/go")
+	open()
 	if r, err := p.Wait(); err != nil || r.Code != 0 {
 		t.Errorf("the build: %v %+v", err, r)
 	}
@@ -164,18 +167,6 @@ func (w *world) buildInView(t *testing.T) {
 		t.Errorf("exit code %d", r.Code)
 	}
 	w.sound(t)
-}
-
-func (w *world) awaitOutput(t *testing.T, p *bed.Proc, want string) {
-	t.Helper()
-	for !strings.Contains(p.Output(), want) {
-		select {
-		case <-p.Done():
-			t.Fatalf("it has ended:\n%s", p.Output())
-		default:
-			w.Must(t, "root", ":") // some time passes in the machine
-		}
-	}
 }
 
 // hold takes the lock of the system's collector, as a collection would, until the

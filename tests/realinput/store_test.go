@@ -217,7 +217,7 @@ func build(t *testing.T, k *fixture.Keep) *store {
 	s.key = k.Must(t, "root", `
 		nix-store --register-validity --reregister </run/registration
 		nix-store --generate-binary-cache-key real-1 /run/secret /run/public
-		nix store sign --all --key-file /run/secret
+		nix store sign --all --key-file /run/secret 2>/dev/null
 		sqlite3 /nix/var/nix/db/db.sqlite "update ValidPaths set sigs = null, ultimate = 1 where substr(path, 45) like 'node-%' or substr(path, 45) like 'acme-%'"
 		rm -r /nix/real
 		cat /run/public`)
