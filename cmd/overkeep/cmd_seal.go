@@ -39,9 +39,8 @@ result, a profile) go along.
 A PATH is what "why" takes: a store path, a name, a hash, a link; a single "-" reads
 them from standard input, for arguments can be seen by others. The policy is
 not asked, but "apply" would bring back what it grants to the system store.`,
-		Example: `  sudo overkeep seal payroll
-  sudo overkeep seal ./result --dry-run
-  cat list | sudo overkeep seal -`,
+		Example: `  echo payroll | sudo overkeep seal -
+  sudo overkeep seal ./result --dry-run`,
 		Args: a.args(1, maxWords, "a store path, a name, a hash or a link"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			o.words = args

@@ -33,7 +33,7 @@ func explainMoves(err error, h here) *problem {
 	again := func(why string) []remedy { return []remedy{{why, h.again()}} }
 	switch {
 	case errors.As(err, &half):
-		return &problem{Code: codeUnfinished, Message: half.Error(), Remedy: []remedy{{"Nothing is lost; the next command that moves goes on from the journal:", h.command("wipe")}}}
+		return &problem{Code: codeUnfinished, Message: half.Error(), Remedy: []remedy{{"The next command that moves goes on from the journal; this one does nothing else:", h.command("wipe")}}}
 	case errors.As(err, &changed):
 		return &problem{Code: codePlan, Message: changed.Error(), Name: changed.file, Remedy: []remedy{{"Make a new plan and look at it:", h.command("plan", "--out", changed.file)}}}
 	case errors.As(err, &file):

@@ -228,6 +228,9 @@ func printCleaned(p *page, c *move.CleanResult) {
 	if c.Files.Shared > 0 {
 		p.printf("  %s shared with public paths by hard links: their contents stay there.\n", counts(c.Files.Shared, "file"))
 	}
+	for _, n := range c.Notes {
+		p.printf("  %s\n", printable(n))
+	}
 	for _, l := range c.Left {
 		p.printf("  %s %s\n", p.style("33", "not done:"), printable(l))
 	}

@@ -31,6 +31,8 @@ type CleanResult struct {
 	// Left says what could not be done, and why; empty means that a search of the
 	// devices finds nothing.
 	Left []string `json:"left,omitempty"`
+	// Notes say what was done in another way, or cannot be.
+	Notes []string `json:"notes,omitempty"`
 }
 
 // CleanedDir is a directory that held names.
@@ -66,7 +68,7 @@ func (r *run) clean(ctx context.Context) (*CleanResult, error) {
 	for _, m := range r.res.Roots {
 		links = append(links, filepath.Dir(m.From))
 	}
-	return r.World.clean(ctx, traces{paths: paths, drvs: keys(drvs), dirs: links, files: r.wiped})
+	return r.World.clean(ctx, traces{paths: paths, drvs: keys(drvs), dirs: links, files: r.wiped, left: r.linksLeft})
 }
 
 // traces are what a clean looks for.
@@ -75,6 +77,7 @@ type traces struct {
 	drvs  []string    // base names, for their logs
 	dirs  []string    // more directories whose file systems held something
 	files wipe.Report // what was overwritten before
+	left  []string    // what could not be taken away before
 }
 
 func keys[V any](m map[string]V) (out []string) {
@@ -88,7 +91,7 @@ func keys[V any](m map[string]V) (out []string) {
 // clean removes what the system's side tells of paths, and logs.
 func (w *World) clean(ctx context.Context, t traces) (*CleanResult, error) {
 	paths, drvs, dirs := t.paths, t.drvs, t.dirs
-	c := &CleanResult{Files: t.files, Slack: []CleanedDir{}, Devices: []CleanedDevice{}}
+	c := &CleanResult{Files: t.files, Left: t.left, Slack: []CleanedDir{}, Devices: []CleanedDevice{}}
 	note := func(what string, err error) { c.Left = append(c.Left, fmt.Sprintf("%s: %v", what, err)) }
 	// What is valid in the system store by now is no secret of ours.
 	rows, err := valid(ctx, w.systemDB(), paths)
@@ -137,6 +140,9 @@ func (w *World) clean(ctx context.Context, t traces) (*CleanResult, error) {
 	if c.Database.Live > 0 {
 		c.Left = append(c.Left, "Nix's database names them still: a derivation that makes them is in the system store (seal it, too)")
 	}
+	if err := w.cleanTempRoots(ctx, names); err != nil {
+		note("temporary roots of processes that are no more", err)
+	}
 	w.cleanSlack(ctx, c, names, drvs, note)
 	seen := map[uint64]bool{}
 	device := func(name string, dir *os.File) {
@@ -159,8 +165,18 @@ func (w *World) clean(ctx context.Context, t traces) (*CleanResult, error) {
 		if err != nil {
 			note("device of "+name, err)
 		}
-		if rep.Trim != wipe.Done || rep.Checkpoint != wipe.Done {
+		switch {
+		case rep.Checkpoint != wipe.Done:
 			c.Left = append(c.Left, rep.Notes...)
+		case rep.Trim != wipe.Done:
+			c.Notes = append(c.Notes, rep.Notes...)
+		}
+		if rep.Trim != wipe.Done && name == storeDir {
+			for _, n := range append(slices.Clone(c.Files.Notes), c.Logs.Notes...) {
+				if n != wipe.NoteLongLinks { // Reuse has seen to these
+					c.Left = append(c.Left, n)
+				}
+			}
 		}
 		c.Devices = append(c.Devices, CleanedDevice{name, rep})
 	}
@@ -231,6 +247,52 @@ func (w *World) cleanSlack(ctx context.Context, c *CleanResult, names [][]byte, 
 	}
 }
 
+// cleanTempRoots wipes the files of temporary roots that processes left which are no
+// more, if they hold one of the names. Nix's next collection would only unlink them.
+func (w *World) cleanTempRoots(ctx context.Context, names [][]byte) error {
+	dir, err := os.Open(filepath.Join(w.System, "temproots"))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	files, err := dir.Readdirnames(-1)
+	if err != nil {
+		return err
+	}
+	for _, name := range files {
+		if err := w.cleanTempRoot(ctx, dir, name, names); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (w *World) cleanTempRoot(ctx context.Context, dir *os.File, name string, names [][]byte) error {
+	f, err := os.OpenFile(filepath.Join(dir.Name(), name), os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil // gone, or none
+	}
+	defer f.Close()
+	// Who lives holds its lock; held by us, who comes next with that number makes it anew.
+	if again(func() error { return unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) }) != nil {
+		return nil
+	}
+	b, err := io.ReadAll(io.LimitReader(f, maxTempRoots))
+	if err != nil {
+		return err
+	}
+	for _, n := range names {
+		if bytes.Contains(b, n) {
+			_, err := wipe.Tree(ctx, dir, name, wipe.Options{})
+			return err
+		}
+	}
+	return nil
+}
+
 func inStore(bases []string) (out []string) {
 	for _, b := range bases {
 		out = append(out, storeDir+"/"+b)
@@ -268,6 +330,10 @@ func (w *World) cleanLogs(ctx context.Context, drvs []string) (wipe.Report, erro
 				return wipe.Report{}, err
 			}
 		}
+	}
+	// The copies are on the device before the logs go.
+	if err := syncfs(w.upper); err != nil {
+		return wipe.Report{}, err
 	}
 	return wipe.Logs(ctx, logs, drvs)
 }

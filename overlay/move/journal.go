@@ -77,9 +77,8 @@ type event struct {
 	Paths []string        `json:"paths,omitempty"`
 
 	// left, done
-	Left   []Left         `json:"left,omitempty"`
-	Result *CleanResult   `json:"result,omitempty"`
-	Links  map[string]int `json:"links,omitempty"`
+	Left   []Left       `json:"left,omitempty"`
+	Result *CleanResult `json:"result,omitempty"`
 }
 
 // item is one path of a batch with its row as it was.
@@ -108,10 +107,9 @@ const (
 
 // journal is one operation's file, open for appending.
 type journal struct {
-	f    *os.File
-	dir  string
-	id   int
-	host bool
+	f   *os.File
+	dir string
+	id  int
 }
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)

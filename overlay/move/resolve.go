@@ -313,7 +313,7 @@ func (w *World) Recover(ctx context.Context) (*Recovered, error) {
 
 // replay builds the state of an interrupted operation; b is the batch under way.
 func (w *World) replay(op *operation, j *journal) (r *run, b *batch) {
-	r = &run{World: w, j: j, stage: op.begin.Stage, moved: map[string]bool{}, left: map[string]Left{}, held: map[string]string{},
+	r = &run{World: w, recovering: true, j: j, stage: op.begin.Stage, moved: map[string]bool{}, left: map[string]Left{}, held: map[string]string{},
 		op: Op{Kind: op.begin.Kind, Plan: op.begin.Plan, Of: op.begin.Of, Moves: op.begin.Moves}, res: Result{ID: op.begin.ID}}
 	cleaned := false
 	for _, e := range op.events {

@@ -104,6 +104,9 @@ type run struct {
 	held   map[string]string // what sealed paths would leave referred to: by which path that stays
 	sealed []nixdb.Info      // rows as they were, of what left the system store
 	wiped  wipe.Report       // of all stages
+
+	recovering bool     // what was interrupted is ended
+	linksLeft  []string // links outside that could not be removed
 }
 
 // Run carries out an operation: all of its moves, but for those in Result.Left, or,

@@ -481,7 +481,11 @@ func (r *run) forget(ctx context.Context, b *batch, paths []string) error {
 		}
 		// One that its user changed meanwhile is not ours to take away.
 		if err := r.Links.Remove(rec); err != nil && !gcroot.Theirs(err) {
-			return err
+			// A second time is enough: what cannot be taken away is told of.
+			if !r.recovering || !errors.Is(err, unix.EACCES) && !errors.Is(err, unix.EROFS) {
+				return err
+			}
+			r.linksLeft = append(r.linksLeft, "a link that names what was sealed: "+err.Error())
 		}
 		r.res.Roots = append(r.res.Roots, RootMoved{From: rec.Link, To: rec.To})
 	}

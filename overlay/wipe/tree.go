@@ -78,7 +78,7 @@ func Trees(ctx context.Context, parent *os.File, names []string, o Options) (r R
 		}
 	}
 	if r.LongLinks > 0 {
-		r.note(noteLongLinks)
+		r.note(NoteLongLinks)
 	}
 	return r, nil
 }

@@ -155,7 +155,7 @@ func TestTree(t *testing.T) {
 			if after[inName] != 0 || after[inLink] != 0 {
 				t.Errorf("left: %v", after)
 			}
-			if after[inLongLink] != 0 && (v.discard || free == 0 || !slices.Contains(r.Notes, noteLongLinks)) {
+			if after[inLongLink] != 0 && (v.discard || free == 0 || !slices.Contains(r.Notes, NoteLongLinks)) {
 				t.Errorf("left: %v, and nobody says so", after)
 			}
 			if _, err := os.Stat("/etc/passwd"); err != nil {

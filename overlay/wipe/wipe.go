@@ -77,7 +77,8 @@ func note(notes []string, text string) []string {
 const (
 	noteElsewhere = "this file system writes elsewhere than where data lies: the old blocks are only cleared by a trim or by reuse"
 	noteNames     = "this kernel (before 5.13) leaves the names of removed files in the blocks of their directories"
-	noteLongLinks = "the targets of long symbolic links lie in blocks that cannot be overwritten while they are links: they are cleared by a trim or by reuse"
+	// NoteLongLinks goes with Report.LongLinks; Reuse clears what it is about.
+	NoteLongLinks = "the targets of long symbolic links lie in blocks that cannot be overwritten while they are links: they are cleared by a trim or by reuse"
 )
 
 // Caveats are what no report can promise, in sentences for people.
