@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 
 	"github.com/spf13/cobra"
@@ -147,7 +148,8 @@ What has been collected meanwhile cannot come back, and is named.`,
 	return cmd
 }
 
-func runUndo(ctx context.Context, a *app, o undoOptions) error {
+func runUndo(ctx context.Context, a *app, o undoOptions) (err error) {
+	begun := false
 	if err := o.open(ctx, a); err != nil {
 		return err
 	}
@@ -161,10 +163,16 @@ func runUndo(ctx context.Context, a *app, o undoOptions) error {
 		return usagef("there is nothing to undo: the keep's journal has no move that was not undone")
 	}
 	if last.Kind == move.Eject && !o.dryRun {
-		// Its roots would hold what is to go; the keep's pins do, too.
+		// Its roots would hold what is to go; the keep's pins do, too. What stays after
+		// all has them again.
 		if err := o.w.UnrootEjected(); err != nil {
 			return err
 		}
+		defer func() {
+			if !begun {
+				err = errors.Join(err, o.w.RootEjected(context.WithoutCancel(ctx)))
+			}
+		}()
 	}
 	var sealed, released []string
 	for _, r := range last.Sealed {
@@ -199,6 +207,7 @@ func runUndo(ctx context.Context, a *app, o undoOptions) error {
 	if err := o.agree(ctx, a, p, fmt.Sprintf("Undo the %s of %s?", last.Kind, last.Time.Local().Format("2 January 15:04"))); err != nil {
 		return err
 	}
+	begun = true
 	return o.run(ctx, a, move.Op{Kind: move.Undo, Of: last.ID, Moves: p.Moves, Roots: p.Roots,
 		Original: rowsByPath(append(last.Sealed, last.Released...)), Restore: last.Roots})
 }

@@ -1,13 +1,18 @@
 package main
 
 import (
+	"bytes"
+	"cmp"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/cobra/doc"
+	"github.com/spf13/pflag"
 )
 
 // newDocs is for packagers: it writes the man pages.
@@ -35,40 +40,150 @@ func newDocs(a *app) *cobra.Command {
 
 // writeMan writes one page a command. Their date is that of SOURCE_DATE_EPOCH or
 // of the commit, so that they do not change from one build to the next.
+//
+// cobra's own writer is not used: the Markdown parser behind it would be set up in
+// every start of the program.
 func writeMan(root *cobra.Command, dir string) error {
-	root.DisableAutoGenTag = true
 	root.InitDefaultHelpCmd()
 	root.InitDefaultCompletionCmd()
-	forMan(root)
 	v := buildVersion()
-	h := &doc.GenManHeader{Section: "8", Source: "overkeep " + v.Version, Manual: "Overkeep"}
-	if at, err := time.Parse(time.RFC3339, v.time); err == nil && os.Getenv("SOURCE_DATE_EPOCH") == "" {
-		h.Date = &at // else cobra/doc reads the variable itself
+	date := time.Now()
+	if at, err := time.Parse(time.RFC3339, v.time); err == nil {
+		date = at
 	}
-	if err := doc.GenManTree(root, h, dir); err != nil {
-		return fmt.Errorf("man pages in %q: %w", dir, err)
+	if epoch := os.Getenv("SOURCE_DATE_EPOCH"); epoch != "" {
+		s, err := strconv.ParseInt(epoch, 10, 64)
+		if err != nil {
+			return usagef("SOURCE_DATE_EPOCH is %q, not a number of seconds", epoch)
+		}
+		date = time.Unix(s, 0)
 	}
-	return nil
+	head := fmt.Sprintf(`"8" "%s" "overkeep %s" "Overkeep"`, date.UTC().Format("Jan 2006"), v.Version)
+	return manTree(root, head, dir)
 }
 
-const manFiles = `
+func manTree(cmd *cobra.Command, head, dir string) error {
+	for _, c := range cmd.Commands() {
+		if c.IsAvailableCommand() && !c.IsAdditionalHelpTopicCommand() {
+			if err := manTree(c, head, dir); err != nil {
+				return err
+			}
+		}
+	}
+	cmd.InitDefaultHelpFlag()
+	return os.WriteFile(filepath.Join(dir, manName(cmd)+".8"), manPage(cmd, head), 0o644)
+}
 
-# FILES
+func manName(cmd *cobra.Command) string { return strings.ReplaceAll(cmd.CommandPath(), " ", "-") }
 
-**/etc/overkeep/config.toml** The machine's settings; need not exist.
-
-**/var/lib/overkeep/KEEP/** The keep: public header, slots, encrypted volume.
-
-**/run/overkeep/KEEP/** Sockets and the mount namespace of an open keep.`
-
-// forMan puts the exit codes into the text, which is all that cobra/doc prints.
-func forMan(cmd *cobra.Command) {
-	if codes := cmd.Annotations["exits"]; codes != "" {
-		cmd.Long += "\n\n# EXIT STATUS\n\n" + manList(codes)
-	} else if !cmd.HasParent() {
-		cmd.Long += "\n\n# EXIT STATUS\n\n" + manList(exitLines()) + manFiles
+// manPage is a page in the language of man(7).
+func manPage(cmd *cobra.Command, head string) []byte {
+	var b bytes.Buffer
+	section := func(name string) { fmt.Fprintf(&b, ".SH %s\n", name) }
+	fmt.Fprintf(&b, ".nh\n.TH \"%s\" %s\n", roff(strings.ToUpper(manName(cmd))), head)
+	section("NAME")
+	fmt.Fprintf(&b, "%s \\- %s\n", roff(manName(cmd)), roff(cmd.Short))
+	section("SYNOPSIS")
+	fmt.Fprintf(&b, "\\fB%s\\fP\n", roff(cmd.UseLine()))
+	section("DESCRIPTION")
+	manText(&b, cmp.Or(cmd.Long, cmd.Short))
+	if codes := cmd.Annotations["exits"]; codes != "" || !cmd.HasParent() {
+		section("EXIT STATUS")
+		manExits(&b, cmp.Or(codes, exitLines()))
+	}
+	if !cmd.HasParent() {
+		section("FILES")
+		for _, f := range manFiles {
+			fmt.Fprintf(&b, ".TP\n\\fB%s\\fP\n%s\n", roff(f[0]), roff(f[1]))
+		}
+	}
+	for _, f := range []struct {
+		name string
+		set  *pflag.FlagSet
+	}{{"OPTIONS", cmd.NonInheritedFlags()}, {"OPTIONS INHERITED FROM PARENT COMMANDS", cmd.InheritedFlags()}} {
+		if f.set.HasAvailableFlags() {
+			section(f.name)
+			f.set.VisitAll(func(f *pflag.Flag) { manFlag(&b, f) })
+		}
+	}
+	if cmd.Example != "" {
+		section("EXAMPLE")
+		fmt.Fprintf(&b, ".EX\n%s\n.EE\n", roff(cmd.Example))
+	}
+	var also []string
+	if cmd.HasParent() {
+		also = append(also, manName(cmd.Parent()))
 	}
 	for _, c := range cmd.Commands() {
-		forMan(c)
+		if c.IsAvailableCommand() && !c.IsAdditionalHelpTopicCommand() {
+			also = append(also, manName(c))
+		}
 	}
+	if len(also) > 0 {
+		section("SEE ALSO")
+		for i, name := range also {
+			also[i] = "\\fB" + roff(name) + "\\fP(8)"
+		}
+		b.WriteString(strings.Join(also, ",\n") + "\n")
+	}
+	return b.Bytes()
+}
+
+// manText writes paragraphs as they are in the help: what is indented keeps its lines.
+func manText(b *bytes.Buffer, text string) {
+	for _, p := range strings.Split(strings.TrimSpace(text), "\n\n") {
+		indented := strings.HasPrefix(p, " ") || strings.Contains(p, "\n  ")
+		if b.WriteString(".PP\n"); indented {
+			fmt.Fprintf(b, ".EX\n%s\n.EE\n", roff(p))
+		} else {
+			b.WriteString(roff(p) + "\n")
+		}
+	}
+}
+
+// manExits turns the lines of exitLines into a list.
+func manExits(b *bytes.Buffer, lines string) {
+	for l := range strings.Lines(lines) {
+		if f := strings.Fields(l); len(f) > 0 {
+			code, rest := f[0], strings.TrimSpace(strings.TrimPrefix(strings.TrimSpace(l), f[0]))
+			name, meaning, _ := strings.Cut(rest, "  ")
+			fmt.Fprintf(b, ".TP\n\\fB%s\\fP %s\n%s\n", roff(code), roff(name), roff(strings.TrimSpace(meaning)))
+		}
+	}
+}
+
+// manFlag writes one flag as its usage has it: the word in backquotes is its value.
+func manFlag(b *bytes.Buffer, f *pflag.Flag) {
+	if f.Hidden || f.Deprecated != "" {
+		return
+	}
+	value, usage := pflag.UnquoteUsage(f)
+	name := "\\fB\\-\\-" + roff(f.Name) + "\\fP"
+	if f.Shorthand != "" {
+		name = "\\fB\\-" + roff(f.Shorthand) + "\\fP, " + name
+	}
+	if value != "" {
+		name += " \\fI" + roff(value) + "\\fP"
+	}
+	fmt.Fprintf(b, ".TP\n%s\n%s\n", name, roff(usage))
+}
+
+// roff escapes text for man(7): backslashes, hyphens that are to be copied, and what
+// would be a request at the start of a line.
+func roff(text string) string {
+	text = strings.NewReplacer(`\`, `\e`, "-", `\-`, "\t", "    ").Replace(text)
+	lines := strings.Split(text, "\n")
+	for i, l := range lines {
+		if strings.HasPrefix(l, ".") || strings.HasPrefix(l, "'") {
+			lines[i] = `\&` + l
+		}
+	}
+	return strings.Join(lines, "\n")
+}
+
+// manFiles are the files that all commands share.
+var manFiles = [][2]string{
+	{"/etc/overkeep/config.toml", "The machine's settings; need not exist."},
+	{"/var/lib/overkeep/KEEP/", "The keep: public header, slots, encrypted volume."},
+	{"/run/overkeep/KEEP/", "Sockets and the mount namespace of an open keep."},
 }

@@ -92,7 +92,7 @@ func runEject(ctx context.Context, a *app, o ejectOptions) error {
 	if err := o.agree(ctx, a, p, question); err != nil {
 		return err
 	}
-	// Before the first path moves: what the keep's roots hold must not be without one.
+	// What the keep uses of the system store; what moves there gets its roots as it comes.
 	if err := o.w.RootEjected(ctx); err != nil {
 		return err
 	}

@@ -148,13 +148,3 @@ pass, for that line.
 REQUIRE moves nothing: "policy check" ends with 20 if such a path would be personal.
 
 EXPECTATIONS stand beside a policy (policy.test) and are checked by "policy test".`
-
-// manList turns the lines of exitLines into a list that cobra/doc's Markdown keeps.
-func manList(lines string) string {
-	var b strings.Builder
-	for _, l := range strings.Split(strings.TrimRight(lines, "\n"), "\n") {
-		f := strings.SplitN(strings.TrimSpace(l), "  ", 2)
-		b.WriteString("**" + f[0] + "** " + strings.Join(strings.Fields(f[1]), " ") + "\n\n")
-	}
-	return b.String()
-}

@@ -12,6 +12,8 @@
 //   - Nothing is written to the system store. Only the queries a lower store
 //     needs are let through; anything else is answered with a protocol error
 //     and the connection is closed.
+//   - With Absent set, upstream does not hear of a path that the directory of the
+//     system store has no entry of.
 //   - No name of a path that the system store does not have is written to the
 //     system's disk: temp roots are plain files (/nix/var/nix/temproots/PID),
 //     so a path is rooted only after the system store itself said it is valid,

@@ -33,6 +33,14 @@ type Proxy struct {
 	// collection walks the merged store and so asks for every path of the lower.
 	Rooted func(ctx context.Context, paths []string) error
 
+	// Absent, if set, reports that the directory of the system store has no entry
+	// with that base name now. Such a path is called not valid without asking
+	// upstream: Nix moves a path into place before it registers it (local-store.cc,
+	// addToStore; derivation goals' registerOutputs) and forgets it before it removes
+	// it (gc.cc, deleteFromStore). Most questions of a personal store are
+	// about its own paths, and their names then never leave the proxy.
+	Absent func(name string) bool
+
 	// GCLock is the system store's gc.lock (/nix/var/nix/gc.lock). If set, a
 	// path is told valid for the first time only while no collection runs; the
 	// client sees a line that says so. Needed for full safety with an

@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -93,12 +94,12 @@ func TestOrder(t *testing.T) {
 			if r, err := ask(c, opQueryValidPaths, ""); err != nil || len(r.paths) != 0 {
 				t.Errorf("%+v %v", r, err)
 			}
-		}, []string{"IsValidPath x", "AddTempRoot x", "IsValidPath x", "QueryValidPaths y", "AddTempRoot y", "QueryValidPaths x y", "QueryValidPaths"}},
+		}, []string{"IsValidPath x", "AddTempRoot x", "IsValidPath x", "QueryValidPaths y", "AddTempRoot y", "QueryValidPaths x y"}},
 		{"many, none", func(t *testing.T, c *Client) {
 			if r, err := ask(c, opQueryValidPaths, "", p("private")); err != nil || len(r.paths) != 0 {
 				t.Errorf("%+v %v", r, err)
 			}
-		}, []string{"QueryValidPaths private", "QueryValidPaths"}},
+		}, []string{"QueryValidPaths private"}},
 		{"nothing else roots", func(t *testing.T, c *Client) {
 			for _, op := range []Op{opQueryReferrers, opQueryValidDerivers, opQueryAllValidPaths} {
 				if r, err := ask(c, op, p("x")); err != nil || len(r.paths) != 2 {
@@ -124,6 +125,50 @@ func TestOrder(t *testing.T) {
 			want(t, f, append(tc.ops, "closed")...)
 		})
 	}
+}
+
+// TestAbsent: what the directory of the system store has no entry of is not valid,
+// and upstream never hears of it; what is there is asked for, and what is rooted always.
+func TestAbsent(t *testing.T) {
+	f, up := startFake(t, "x", "y")
+	var mu sync.Mutex
+	gone := map[string]bool{strings.Repeat("a", 32) + "-private": true}
+	socket, stop := startProxy(t, &Proxy{Upstream: up, Absent: func(name string) bool {
+		mu.Lock()
+		defer mu.Unlock()
+		return gone[name]
+	}})
+	c := dialed(t, socket)
+	for _, tc := range []struct {
+		req   request
+		valid uint64
+		paths []string
+	}{
+		{request{op: opIsValidPath, arg: p("private")}, 0, nil},
+		{request{op: opQueryPathInfo, arg: p("private")}, 0, nil},
+		{request{op: opQueryValidPaths, paths: []string{p("private")}}, 0, nil},
+		{request{op: opIsValidPath, arg: p("unknown")}, 0, nil}, // an entry, but no row
+		{request{op: opQueryValidPaths, paths: []string{p("private"), p("x"), p("unknown")}}, 0, []string{p("x")}},
+		{request{op: opQueryPathInfo, arg: p("y")}, 1, nil},
+	} {
+		r, err := c.ask(tc.req)
+		if d := cmp.Diff(tc.paths, r.paths); err != nil || r.number != tc.valid || d != "" {
+			t.Errorf("%s %s %v: %+v %v", tc.req.op, tc.req.arg, tc.req.paths, r, err)
+		}
+	}
+	// A root means that the store still answers for it.
+	mu.Lock()
+	gone[strings.Repeat("a", 32)+"-x"] = true
+	mu.Unlock()
+	if r, err := c.ask(request{op: opIsValidPath, arg: p("x")}); err != nil || r.number != 1 {
+		t.Errorf("rooted: %+v %v", r, err)
+	}
+	if err := stop(); err != nil {
+		t.Error(err)
+	}
+	eventually(t, "upstream closed", func() bool { f.mu.Lock(); defer f.mu.Unlock(); return len(f.open) == 0 })
+	want(t, f, "IsValidPath unknown", "QueryValidPaths x unknown", "AddTempRoot x", "QueryValidPaths x",
+		"IsValidPath y", "AddTempRoot y", "QueryPathInfo y", "IsValidPath x", "closed")
 }
 
 // TestCollectedMeanwhile: the path dies between the first answer and the root,

@@ -116,6 +116,14 @@ func (s *session) loop(ctx context.Context) error {
 	}
 }
 
+// notValid is the answer "no" to IsValidPath and QueryPathInfo, and the empty list.
+var notValid = msg(nil).num(stderrLast).num(0)
+
+// absent reports whether the system store has nothing of the name of a path.
+func (s *session) absent(path string) bool {
+	return s.p.Absent != nil && s.p.Absent(path[len(s.p.StoreDir)+1:])
+}
+
 // handle answers one request. The order is the point of this package: ask,
 // root what is valid, and let the client hear only the answer given under the
 // root. What is not valid is not rooted, see the package comment.
@@ -129,6 +137,9 @@ func (s *session) handle(ctx context.Context, q request) error {
 		if s.up.holds(q.arg) {
 			break
 		}
+		if s.absent(q.arg) {
+			return s.send(notValid)
+		}
 		var kept buffer
 		r, err := s.up.ask(request{op: opIsValidPath, arg: q.arg}, &kept, false)
 		switch {
@@ -137,12 +148,16 @@ func (s *session) handle(ctx context.Context, q request) error {
 		case r.failed:
 			return s.send(kept.b)
 		case r.number == 0: // both operations say "no" alike
-			return s.send(msg(nil).num(stderrLast).num(0))
+			return s.send(notValid)
 		}
 		if answered, err := s.root(ctx, []string{q.arg}); answered || err != nil {
 			return err
 		}
 	case opQueryValidPaths:
+		q.paths = slices.DeleteFunc(q.paths, func(p string) bool { return !s.up.holds(p) && s.absent(p) })
+		if len(q.paths) == 0 {
+			return s.send(notValid) // an empty list looks the same
+		}
 		fresh := slices.DeleteFunc(slices.Clone(q.paths), s.up.holds)
 		if len(fresh) == 0 {
 			break
@@ -152,8 +167,8 @@ func (s *session) handle(ctx context.Context, q request) error {
 		switch {
 		case err != nil:
 			return err
-		case r.failed:
-			return s.send(kept.b)
+		case r.failed, len(r.paths) == 0 && len(fresh) == len(q.paths):
+			return s.send(kept.b) // the answer to all of it
 		}
 		asked := make(map[string]bool, len(fresh))
 		for _, p := range fresh {

@@ -23,6 +23,7 @@ type Past struct {
 	Of       int // undo: of which operation
 	Time     time.Time
 	Ended    bool
+	Whole    bool         // each path that was to move has moved, or was left with a reason
 	Sealed   []nixdb.Info // rows as they were in the system store
 	Released []nixdb.Info // and in the keep
 	Roots    []gcroot.Record
@@ -57,7 +58,11 @@ func (o *operation) past() Past {
 	}
 	var items []item
 	var roots []gcroot.Record
+	settled := map[string]bool{}
 	for _, e := range o.events {
+		for _, l := range e.Left {
+			settled[l.Path] = true
+		}
 		switch e.Type {
 		case evBatch:
 			items = e.Items
@@ -68,6 +73,7 @@ func (o *operation) past() Past {
 				if !slices.Contains(e.Paths, it.Info.Path) {
 					continue
 				}
+				settled[it.Info.Path] = true
 				if it.Kind == plan.Seal {
 					p.Sealed = append(p.Sealed, it.Info)
 				} else {
@@ -81,20 +87,52 @@ func (o *operation) past() Past {
 			}
 		}
 	}
+	p.Whole = !slices.ContainsFunc(o.begin.Moves, func(m plan.Move) bool { return !settled[m.Path] })
 	return p
 }
 
-// Undoable is the last operation that moved something and was not undone, or nil.
+// Unfinished reports whether the last operation of the journal in a directory did not
+// come to its end, and nobody is at work on it: Recover is due.
+func Unfinished(dir string) bool {
+	all, err := numbers(dir)
+	if err != nil || len(all) == 0 {
+		return false
+	}
+	op, err := load(dir, all[len(all)-1], false)
+	if err != nil || op != nil && op.ended() {
+		return false // what is damaged, the next mover says
+	}
+	lock, err := openJournals(dir)
+	if err != nil {
+		return false
+	}
+	return lock.Close() == nil
+}
+
+// Undoable is the last operation that moved something and was not undone, with what of it
+// an undo that came to an early end has not taken back; or nil.
 func Undoable(past []Past) *Past {
 	undone := map[int]bool{}
+	back := map[int]map[string]bool{}
 	for i := len(past) - 1; i >= 0; i-- {
-		p := &past[i]
+		p := past[i]
 		switch {
 		case p.Kind == Undo:
-			undone[p.Of] = true
-		case p.Kind == Wipe, undone[p.ID], len(p.Sealed)+len(p.Released) == 0:
+			undone[p.Of] = undone[p.Of] || p.Whole
+			if back[p.Of] == nil {
+				back[p.Of] = map[string]bool{}
+			}
+			for _, row := range append(slices.Clone(p.Sealed), p.Released...) {
+				back[p.Of][row.Path] = true
+			}
+		case p.Kind == Wipe, undone[p.ID]:
 		default:
-			return p
+			is := func(row nixdb.Info) bool { return back[p.ID][row.Path] }
+			p.Sealed = slices.DeleteFunc(slices.Clone(p.Sealed), is)
+			p.Released = slices.DeleteFunc(slices.Clone(p.Released), is)
+			if len(p.Sealed)+len(p.Released) > 0 {
+				return &p
+			}
 		}
 	}
 	return nil

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"overkeep/overlay/gcroot"
 	"overkeep/overlay/nixdb"
 	"overkeep/overlay/plan"
 )
@@ -148,7 +149,7 @@ func TestUndoable(t *testing.T) {
 	}{{nil, 2}, {[]int{2}, 1}, {[]int{2, 1}, 0}} {
 		list := past
 		for i, of := range c.undone {
-			list = append(list, Past{ID: 5 + i, Kind: Undo, Of: of, Released: rows})
+			list = append(list, Past{ID: 5 + i, Kind: Undo, Of: of, Released: rows, Whole: true})
 		}
 		got := 0
 		if p := Undoable(list); p != nil {
@@ -157,6 +158,64 @@ func TestUndoable(t *testing.T) {
 		if got != c.want {
 			t.Errorf("with %v undone: %d, want %d", c.undone, got, c.want)
 		}
+	}
+	// An undo that was cut short is gone on with; one that left a path for good is done.
+	two := append(rows, nixdb.Info{Path: "/nix/store/q"})
+	past = []Past{{ID: 1, Kind: Seal, Sealed: rows}, {ID: 2, Kind: Apply, Sealed: two}, {ID: 3, Kind: Undo, Of: 2, Released: rows}}
+	if p := Undoable(past); p == nil || p.ID != 2 || len(p.Sealed) != 1 || p.Sealed[0].Path != "/nix/store/q" {
+		t.Errorf("half undone: %+v", p)
+	}
+	if len(past[1].Sealed) != 2 {
+		t.Errorf("the history was changed: %+v", past[1])
+	}
+	past[2].Whole = true
+	if p := Undoable(past); p == nil || p.ID != 1 {
+		t.Errorf("undone but for what was left: %+v", p)
+	}
+	rest := append(past[:2:2], Past{ID: 3, Kind: Undo, Of: 2, Released: rows}, Past{ID: 4, Kind: Undo, Of: 2, Released: two[1:]})
+	if p := Undoable(rest); p == nil || p.ID != 1 {
+		t.Errorf("undone in two goes: %+v", p)
+	}
+}
+
+// Whole: what an operation was to move has moved or was left; not so after an early end.
+func TestPast(t *testing.T) {
+	moves := []plan.Move{{Path: "/nix/store/p"}, {Path: "/nix/store/q"}}
+	p, q := item{Info: nixdb.Info{Path: "/nix/store/p"}, Kind: plan.Seal}, item{Info: nixdb.Info{Path: "/nix/store/q"}, Kind: plan.Seal}
+	batch := event{Type: evBatch, Items: []item{p, q}}
+	gone := func(paths ...string) event { return event{Type: evGone, Paths: paths} }
+	for _, c := range []struct {
+		name   string
+		events []event
+		sealed int
+		whole  bool
+	}{
+		{"nothing done", nil, 0, false},
+		{"taken back", []event{batch, {Type: evBack}, {Type: evEnd}}, 0, false},
+		{"one of two", []event{batch, gone("/nix/store/p"), {Type: evEnd}}, 1, false},
+		{"both", []event{batch, gone("/nix/store/p", "/nix/store/q"), {Type: evEnd}}, 2, true},
+		{"one, and one left", []event{{Type: evLeft, Left: []Left{{Path: "/nix/store/q", Why: Alive}}}, batch, gone("/nix/store/p"), {Type: evEnd}}, 1, true},
+	} {
+		past := (&operation{begin: event{Kind: Seal, Moves: moves}, events: c.events}).past()
+		if len(past.Sealed) != c.sealed || past.Whole != c.whole {
+			t.Errorf("%s: %d sealed, whole %v", c.name, len(past.Sealed), past.Whole)
+		}
+	}
+}
+
+// A root that went along is known after an interruption, too: the directory that it was
+// in is on a device that has to be cleaned.
+func TestReplayRoots(t *testing.T) {
+	rec := gcroot.Record{Link: "/home/alice/result", Path: "/nix/store/p", To: "home/work/result"}
+	op := &operation{events: []event{
+		{Type: evBatch, Batch: 1, Items: []item{{Info: nixdb.Info{Path: "/nix/store/p"}, Kind: plan.Seal}}},
+		{Type: evKept, Batch: 1, Paths: []string{"/nix/store/p"}, Roots: []gcroot.Record{rec}},
+		{Type: evDeleting, Batch: 1, Paths: []string{"/nix/store/p"}},
+		{Type: evGone, Batch: 1, Paths: []string{"/nix/store/p"}},
+	}}
+	r, _ := (&World{}).replay(op, nil)
+	if len(r.res.Roots) != 1 || r.res.Roots[0].From != rec.Link || !r.dirty {
+		t.Errorf("%+v, dirty %v", r.res.Roots, r.dirty)
 	}
 }
 

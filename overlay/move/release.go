@@ -79,19 +79,10 @@ func (r *run) place(ctx context.Context, b *batch, stage *os.File) error {
 	if err := r.leave(b, left); err != nil {
 		return err
 	}
-	left = nil
-	for _, it := range r.going(b) {
-		l, err := lockPath(r.Lower, base(it.Info.Path))
-		var held *HeldError
-		switch {
-		case errors.As(err, &held):
-			left = append(left, Left{Path: it.Info.Path, Why: Locked})
-		case err != nil:
-			return err
-		default:
-			locks = append(locks, l)
-		}
+	if locks, err = r.lockBatch(b); err != nil {
+		return err
 	}
+	left = nil
 	// What somebody put there meanwhile.
 	now, err := valid(ctx, r.systemDB(), pathsOf(r.going(b)))
 	if err != nil {
@@ -199,11 +190,16 @@ func (r *run) unplace(ctx context.Context, b *batch, paths []string) error {
 // dropUpper removes the keep's copies of what is valid in the system store, after it
 // has been seen to that the keep holds on to it there.
 func (r *run) dropUpper(ctx context.Context, b *batch, paths []string) error {
-	// What comes back, or goes for good, has the roots that it had.
-	if r.op.Kind != Undo && r.op.Kind != Eject {
-		if err := r.holdReleased(b, paths); err != nil {
-			return err
-		}
+	var err error
+	switch r.op.Kind {
+	case Undo: // what comes back has the roots that it had
+	case Eject:
+		err = r.RootEjected(ctx)
+	default:
+		err = r.holdReleased(b, paths)
+	}
+	if err != nil {
+		return err
 	}
 	for _, rec := range b.roots {
 		if slices.Contains(paths, rec.Path) {
@@ -236,13 +232,13 @@ func (r *run) dropUpper(ctx context.Context, b *batch, paths []string) error {
 // user has made something else there, or removed the directory, it stays in the keep.
 func (r *run) restoreRoot(rec gcroot.Record) error {
 	err := r.Links.Restore(rec)
-	if errors.Is(err, gcroot.ErrTaken) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
+	if gcroot.Theirs(err) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	if err := r.Links.Drop(rec); err != nil && !errors.Is(err, gcroot.ErrChanged) {
+	if err := r.Links.Drop(rec); err != nil && !gcroot.Theirs(err) {
 		return err
 	}
 	r.res.Roots = append(r.res.Roots, RootMoved{From: rec.To, To: rec.Link, Back: true})
@@ -319,16 +315,8 @@ func (r *run) throwUpper(ctx context.Context, paths []string) error {
 		return err
 	}
 	defer bin.Close()
-	for _, p := range paths {
-		ok, err := there(r.upper, base(p))
-		if err != nil {
-			return err
-		}
-		if ok {
-			if err := throw(r.upper, base(p), bin); err != nil {
-				return err
-			}
-		}
+	if err := throwAll(r.upper, paths, bin); err != nil {
+		return err
 	}
 	if err := fsync(r.upper); err != nil {
 		return err
@@ -384,9 +372,14 @@ func (r *run) letGo(paths []string) error {
 // eject. It is not among the pins, which go with the keep.
 const ejectedRoots = "gcroots/overkeep-ejected"
 
-// RootEjected gives everything that the keep's gcroots and profiles hold a root in the
-// system store that outlives the keep.
+// RootEjected gives what the keep's gcroots and profiles hold, as far as it is in the
+// system store by now, a root there that outlives the keep. What is still private it does
+// not name.
 func (w *World) RootEjected(ctx context.Context) error {
+	held, err := valid(ctx, w.systemDB(), w.Held())
+	if err != nil || len(held) == 0 {
+		return err
+	}
 	top := filepath.Join(w.System, ejectedRoots)
 	dir := filepath.Join(top, w.Keep.Name)
 	for _, d := range []string{top, dir} {
@@ -394,7 +387,7 @@ func (w *World) RootEjected(ctx context.Context) error {
 			return err
 		}
 	}
-	for _, p := range w.Held() {
+	for p := range held {
 		if err := os.Symlink(p, filepath.Join(dir, base(p))); err != nil && !errors.Is(err, os.ErrExist) {
 			return err
 		}

@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"overkeep/overlay/gcroot"
 	"overkeep/overlay/nixdb"
 	"overkeep/overlay/plan"
 	"overkeep/overlay/tree"
@@ -87,6 +88,19 @@ func (r *run) resolveSeal(ctx context.Context, b *batch) error {
 	return r.forget(ctx, b, out)
 }
 
+// lockBatch takes the locks of what is to move, and leaves out what somebody else has.
+func (r *run) lockBatch(b *batch) ([]*pathLock, error) {
+	locks, held, err := r.lockAll(pathsOf(r.going(b)))
+	if err != nil {
+		return locks, err
+	}
+	var left []Left
+	for _, p := range keys(held) {
+		left = append(left, Left{Path: p, Why: Locked})
+	}
+	return locks, r.leave(b, left)
+}
+
 // lockAll takes the locks of paths, but for those that somebody else has.
 func (r *run) lockAll(paths []string) (locks []*pathLock, held map[string]bool, err error) {
 	held = map[string]bool{}
@@ -111,7 +125,9 @@ func (r *run) lockAll(paths []string) (locks []*pathLock, held map[string]bool, 
 func (r *run) takeBack(ctx context.Context, b *batch, items []item) error {
 	var paths []string
 	stay := map[string]bool{}
+	hash := map[string]string{}
 	for _, it := range items {
+		hash[it.Info.Path] = it.Info.NarHash
 		stay[it.Info.Path] = true
 		if b.ours[it.Info.Path] {
 			paths = append(paths, it.Info.Path)
@@ -121,10 +137,11 @@ func (r *run) takeBack(ctx context.Context, b *batch, items []item) error {
 	if err != nil {
 		return err
 	}
-	// The last copy is never removed, whatever the journal says.
+	// The last copy is never removed, whatever the journal says. One that was built again
+	// since, to other contents, is another: the keep's row is of ours.
 	var safe []string
 	for _, p := range paths {
-		if _, ok := rows[p]; ok {
+		if rows[p].NarHash == hash[p] {
 			safe = append(safe, p)
 		}
 	}
@@ -142,7 +159,8 @@ func (r *run) takeBack(ctx context.Context, b *batch, items []item) error {
 	}
 	for _, rec := range b.roots {
 		if stay[rec.Path] {
-			if err := r.Links.Drop(rec); err != nil {
+			// A link too many in the keep does no harm.
+			if err := r.Links.Drop(rec); err != nil && !gcroot.Theirs(err) && !errors.Is(err, unix.EACCES) {
 				return err
 			}
 		}
@@ -161,16 +179,20 @@ func (r *run) resolveRelease(ctx context.Context, b *batch) error {
 		return err
 	}
 	defer personal.Close()
+	r.dirty = true
+	hash := map[string]string{}
+	for _, it := range b.items {
+		hash[it.Info.Path] = it.Info.NarHash
+	}
 	if b.phase == evPlaced {
-		// Nothing held them there when we had gone: what a collector took meanwhile
-		// stays in the keep.
+		// Nothing held them since: the system's collector may have run.
 		rows, err := valid(ctx, r.systemDB(), b.paths)
 		if err != nil {
 			return err
 		}
 		var in []string
 		for _, p := range b.paths {
-			if _, ok := rows[p]; ok {
+			if rows[p].NarHash == hash[p] {
 				in = append(in, p)
 			}
 		}
@@ -179,7 +201,6 @@ func (r *run) resolveRelease(ctx context.Context, b *batch) error {
 		}
 		return r.dropUpper(ctx, b, in)
 	}
-	r.dirty = true
 	if b.phase != evPlacing {
 		if err := r.emptyStage(ctx); err != nil {
 			return err
@@ -201,12 +222,13 @@ func (r *run) resolveRelease(ctx context.Context, b *batch) error {
 	}
 	var in, out []string
 	for _, p := range b.paths {
-		if _, ok := rows[p]; ok {
+		switch row, ok := rows[p]; {
+		case ok && row.NarHash == hash[p]:
 			in = append(in, p)
-		} else {
-			if held[p] {
-				return &HeldError{p}
-			}
+		case ok: // somebody built it since, to other contents: theirs there, ours in the keep
+		case held[p]:
+			return &HeldError{p}
+		default:
 			out = append(out, p)
 		}
 	}
@@ -319,6 +341,11 @@ func (w *World) replay(op *operation, j *journal) (r *run, b *batch) {
 				case !slices.Contains(e.Paths, it.Info.Path):
 				case e.Type == evGone:
 					r.sealedOne(it.Info)
+					for _, rec := range b.roots {
+						if rec.Path == it.Info.Path { // clean looks at where they were
+							r.res.Roots = append(r.res.Roots, RootMoved{From: rec.Link, To: rec.To})
+						}
+					}
 				default:
 					r.releasedOne(it.Info)
 				}

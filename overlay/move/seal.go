@@ -99,6 +99,9 @@ func (r *run) free(ctx context.Context, b *batch) (locks []*pathLock, err error)
 	if err := r.leave(b, left); err != nil {
 		return nil, err
 	}
+	if err := r.lookAtRoots(b); err != nil {
+		return nil, err
+	}
 	roots, err := r.Roots(ctx)
 	if err != nil {
 		return nil, err
@@ -112,20 +115,29 @@ func (r *run) free(ctx context.Context, b *batch) (locks []*pathLock, err error)
 	if err := r.leave(b, left); err != nil {
 		return nil, err
 	}
-	left = nil
+	return r.lockBatch(b)
+}
+
+// lookAtRoots finds the user's roots that are to move along with a batch.
+func (r *run) lookAtRoots(b *batch) error {
+	going := map[string]bool{}
 	for _, it := range r.going(b) {
-		l, err := lockPath(r.Lower, base(it.Info.Path))
-		var held *HeldError
-		switch {
-		case errors.As(err, &held):
-			left = append(left, Left{Path: it.Info.Path, Why: Locked})
-		case err != nil:
-			return locks, err
-		default:
-			locks = append(locks, l)
-		}
+		going[it.Info.Path] = true
 	}
-	return locks, r.leave(b, left)
+	for _, root := range r.op.Roots {
+		if root.Kind != plan.RootUser || !going[root.Path] {
+			continue
+		}
+		rec, err := r.Links.Look(root)
+		if errors.Is(err, gcroot.ErrChanged) {
+			continue // it holds another path now, or none; else it holds this one where it is
+		}
+		if err != nil {
+			return err
+		}
+		b.roots = append(b.roots, rec)
+	}
+	return nil
 }
 
 // keep makes a batch valid in the keep, and seen there.
@@ -153,20 +165,6 @@ func (r *run) keep(ctx context.Context, b *batch) error {
 			return err
 		}
 	}
-	for _, root := range r.op.Roots {
-		for _, it := range r.going(b) {
-			if root.Kind == plan.RootUser && root.Path == it.Info.Path {
-				rec, err := r.Links.Look(root)
-				if errors.Is(err, gcroot.ErrChanged) {
-					continue // it holds another path now, or none
-				}
-				if err != nil {
-					return err
-				}
-				b.roots = append(b.roots, rec)
-			}
-		}
-	}
 	if err := syncfs(r.upper); err != nil {
 		return err
 	}
@@ -192,7 +190,7 @@ func (r *run) copyIn(ctx context.Context, b *batch, from, to *os.File) error {
 		if err != nil {
 			return err
 		}
-		jobs = append(jobs, tree.Job{Name: base(it.Info.Path), NewName: strconv.Itoa(i), Want: want})
+		jobs = append(jobs, tree.Job{Name: base(it.Info.Path), NewName: strconv.Itoa(i), Want: want, NarSize: it.Info.NarSize})
 		index = append(index, i)
 	}
 	var left []Left
@@ -224,7 +222,10 @@ func (r *run) items(b *batch) func(yield func(int, item) bool) {
 
 func notCopied(path string, err error) Left {
 	var m *tree.MismatchError
+	var size *tree.SizeError
 	switch {
+	case errors.As(err, &size):
+		return Left{Path: path, Why: Corrupt, By: fmt.Sprintf("more than %d bytes", size.Want)}
 	case errors.As(err, &m):
 		return Left{Path: path, Why: Corrupt, By: "sha256:" + hex.EncodeToString(m.Got[:])}
 	case errors.Is(err, fs.ErrNotExist):
@@ -358,24 +359,45 @@ func (r *run) clearName(dir *os.File, name string) error {
 // throw moves an entry into a trash directory, under a name that is free.
 func throw(dir *os.File, name string, bin *os.File) error {
 	for n := 0; ; n++ {
-		err := again(func() error {
-			return unix.Renameat2(int(dir.Fd()), name, int(bin.Fd()), strconv.Itoa(n), unix.RENAME_NOREPLACE)
-		})
+		err := renameNew(dir, name, bin, strconv.Itoa(n))
 		if !errors.Is(err, unix.EEXIST) {
 			return err
 		}
 	}
 }
 
+// throwAll throws those of paths that lie in dir.
+func throwAll(dir *os.File, paths []string, bin *os.File) error {
+	for _, p := range paths {
+		ok, err := there(dir, base(p))
+		if err != nil {
+			return err
+		}
+		if ok {
+			if err := throw(dir, base(p), bin); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // takeOut removes a batch that is valid in the keep from the system store.
 func (r *run) takeOut(ctx context.Context, b *batch) (err error) {
+	var left []Left
 	for _, rec := range b.roots {
 		if _, stays := r.left[rec.Path]; stays {
 			continue
 		}
-		if err := r.Links.Make(rec); err != nil {
+		// Where it cannot come along, it holds what it holds.
+		if err := r.Links.Make(rec); gcroot.Theirs(err) || errors.Is(err, unix.EACCES) {
+			left = append(left, Left{Path: rec.Path, Why: Alive, By: rec.Link})
+		} else if err != nil {
 			return err
 		}
+	}
+	if err := r.leave(b, left); err != nil {
+		return err
 	}
 	if err := syncfs(r.upper); err != nil {
 		return err
@@ -426,9 +448,11 @@ func (r *run) staying(b *batch) (out []item) {
 // alive tells what of a batch a root holds. The batch is closed under referrers, so
 // what reaches into it from outside is a root itself.
 func (r *run) alive(b *batch, roots []plan.Root) (left []Left) {
+	// Only those that were found as they should be: another one, though it was to move
+	// along, is not, and would be left leading nowhere.
 	moving := map[plan.Root]bool{}
-	for _, root := range r.op.Roots {
-		moving[plan.Root{Link: root.Link, Path: root.Path}] = true
+	for _, rec := range b.roots {
+		moving[plan.Root{Link: rec.Link, Path: rec.Path}] = true
 	}
 	going := map[string]bool{}
 	for _, it := range r.going(b) {
@@ -456,7 +480,7 @@ func (r *run) forget(ctx context.Context, b *batch, paths []string) error {
 			continue
 		}
 		// One that its user changed meanwhile is not ours to take away.
-		if err := r.Links.Remove(rec); err != nil && !errors.Is(err, gcroot.ErrChanged) {
+		if err := r.Links.Remove(rec); err != nil && !gcroot.Theirs(err) {
 			return err
 		}
 		r.res.Roots = append(r.res.Roots, RootMoved{From: rec.Link, To: rec.To})
@@ -493,16 +517,8 @@ func (r *run) destroy(ctx context.Context, paths []string) error {
 		return err
 	}
 	defer stage.Close()
-	for _, p := range paths {
-		ok, err := there(r.Lower, base(p))
-		if err != nil {
-			return err
-		}
-		if ok {
-			if err := throw(r.Lower, base(p), stage); err != nil {
-				return err
-			}
-		}
+	if err := throwAll(r.Lower, paths, stage); err != nil {
+		return err
 	}
 	if err := fsync(r.Lower); err != nil {
 		return err

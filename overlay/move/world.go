@@ -180,6 +180,13 @@ func rename(from *os.File, name string, to *os.File, newName string) error {
 	return again(func() error { return unix.Renameat(int(from.Fd()), name, int(to.Fd()), newName) })
 }
 
+// renameNew is rename to a name that must be free (EEXIST).
+func renameNew(from *os.File, name string, to *os.File, newName string) error {
+	return again(func() error {
+		return unix.Renameat2(int(from.Fd()), name, int(to.Fd()), newName, unix.RENAME_NOREPLACE)
+	})
+}
+
 func rmdir(dir *os.File, name string) error {
 	err := again(func() error { return unix.Unlinkat(int(dir.Fd()), name, unix.AT_REMOVEDIR) })
 	if errors.Is(err, unix.ENOENT) {

@@ -45,13 +45,9 @@ type Layered struct {
 
 // ReadLayered reads the whole graph of a keep.
 func ReadLayered(ctx context.Context, upperDB, upperDir string) (Layered, error) {
-	d, err := Open(ctx, upperDB)
-	if err != nil {
-		return Layered{}, err
-	}
 	// Rows before the directory: Nix moves a path into place and then
 	// registers it, so a row that is seen has its entry.
-	g, err := d.Graph(ctx, nil)
+	g, err := (&DB{upperDB}).Graph(ctx, nil)
 	if err != nil {
 		return Layered{}, err
 	}

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"os"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -29,17 +30,22 @@ func Watch(ctx context.Context, dbDir string) (<-chan struct{}, error) {
 	// IN_MODIFY suffices for SQLite's writes; the others are for a WAL or
 	// database that is made, replaced or truncated by open.
 	const mask = unix.IN_MODIFY | unix.IN_CREATE | unix.IN_MOVED_TO | unix.IN_DELETE_SELF | unix.IN_MOVE_SELF | unix.IN_ONLYDIR
-	if _, err := unix.InotifyAddWatch(fd, dbDir, mask); err != nil {
+	wd, err := unix.InotifyAddWatch(fd, dbDir, mask)
+	if err != nil {
 		_ = unix.Close(fd)
 		return nil, fmt.Errorf("watch %q: %w", dbDir, err)
 	}
 	f := os.NewFile(uintptr(fd), "inotify")
-	stop := context.AfterFunc(ctx, func() { _ = f.Close() })
+	stop := context.AfterFunc(ctx, func() { _ = f.SetReadDeadline(time.Unix(1, 0)) })
 	ch := make(chan struct{}, 1)
 	ch <- struct{}{}
 	go func() {
-		defer close(ch)
 		defer f.Close()
+		defer close(ch)
+		// Removing the watch lets go of the inode at once; to close the descriptor with
+		// watches on it takes the kernel some 20 ms (fsnotify_wait_marks_destroyed in
+		// its fs/notify/mark.c), for which nobody has to wait.
+		defer unix.InotifyRmWatch(fd, uint32(wd))
 		defer stop()
 		buf := make([]byte, 64<<10)
 		for {

@@ -11,8 +11,8 @@ import (
 
 // CopyAll copies the trees of jobs from src to dst, several at a time, and compares their
 // hashes. done is called once for every job that was begun, one call at a time, in no
-// order; err is nil, a *MismatchError, or what Copy returns. What is then left at NewName is
-// as with Copy, and a whole but wrong copy after a mismatch.
+// order; err is nil, a *MismatchError, a *SizeError, or what Copy returns. What is then left
+// at NewName is as with Copy, and a whole but wrong copy after a mismatch.
 //
 // A job that cannot be read, or whose NewName exists, does not stop the others. CopyAll
 // returns early when ctx ends or the target cannot be written to (*Error with
@@ -58,6 +58,7 @@ func CopyAll(ctx context.Context, src, dst *os.File, jobs []Job, o Options, done
 				j := &jobs[i]
 				t, err := newTarget(int(dst.Fd()), j.NewName, o)
 				var r Result
+				c.most = j.NarSize
 				if err == nil {
 					r, err = c.run(ctx, src, j.Name, t, j.NewName, nil, progress)
 				}

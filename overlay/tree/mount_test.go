@@ -94,7 +94,10 @@ func TestFull(t *testing.T) {
 			if u.Blocks <= room.Blocks && u.Inodes <= room.Inodes {
 				t.Errorf("%s: %+v would fit in %+v", size, u, room)
 			}
-			jobs := []Job{{"p", "q", sum.NarHash}, {"p", "r", sum.NarHash}, {"p", "s", sum.NarHash}, {"p", "t", sum.NarHash}, {"p", "u", sum.NarHash}}
+			var jobs []Job
+			for _, to := range []string{"q", "r", "s", "t", "u"} {
+				jobs = append(jobs, Job{Name: "p", NewName: to, Want: sum.NarHash})
+			}
 			begun := 0
 			err = CopyAll(t.Context(), src, dst, jobs, us(), func(int, Result, error) { begun++ })
 			var e *Error

@@ -58,6 +58,16 @@ func (e *MismatchError) Error() string {
 	return fmt.Sprintf("%q has NAR hash sha256:%x, not sha256:%x", e.Name, e.Got, e.Want)
 }
 
+// SizeError: a tree is larger than it should be; what hash it has was not looked for.
+type SizeError struct {
+	Name string // of the tree, in its source directory
+	Want int64  // bytes of the NAR
+}
+
+func (e *SizeError) Error() string {
+	return fmt.Sprintf("%q has a NAR of more than %d bytes", e.Name, e.Want)
+}
+
 // Error is a system call that did not work.
 type Error struct {
 	Op     string // such as "open"
@@ -98,6 +108,9 @@ type Job struct {
 	NewName string // in the target directory; must not exist
 	// Want is the NAR hash that the tree must have; it is always compared.
 	Want [sha256.Size]byte
+	// NarSize is how long the NAR must be, 0 if that is not known: a tree with a file that
+	// makes it longer is not read to its end (*SizeError).
+	NarSize int64
 }
 
 // Space is room on a file system.

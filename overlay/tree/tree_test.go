@@ -581,11 +581,14 @@ func TestCopyAll(t *testing.T) {
 		name := fmt.Sprintf("p%d", i)
 		must(t, os.Mkdir(filepath.Join(from, name), 0o755))
 		write(t, filepath.Join(from, name, "f"), random(1000*i*i, uint64(i)), 0o644)
-		jobs = append(jobs, Job{name, "n" + name, sha256.Sum256(oracle(t, filepath.Join(from, name)))})
+		nar := oracle(t, filepath.Join(from, name))
+		jobs = append(jobs, Job{Name: name, NewName: "n" + name, Want: sha256.Sum256(nar), NarSize: int64(len(nar)) * int64(i%2)})
 	}
 	jobs[7].Want[0] ^= 1
 	jobs[8].Name = "missing"
 	must(t, os.Mkdir(filepath.Join(to, "np9"), 0o755))
+	jobs[11].NarSize-- // the file alone is not too long for that
+	must(t, os.Truncate(filepath.Join(from, "p13", "f"), 1<<40))
 	for _, workers := range []int{0, 1, 3, 100} {
 		o := us()
 		o.Workers = workers
@@ -608,6 +611,10 @@ func TestCopyAll(t *testing.T) {
 			case 9:
 				if !errors.Is(err, fs.ErrExist) {
 					t.Errorf("job 9: %v", err)
+				}
+			case 13: // ended at once, and not after a terabyte of zeros
+				if size := (*SizeError)(nil); !errors.As(err, &size) || size.Name != "p13" || size.Want != jobs[13].NarSize {
+					t.Errorf("job 13: %v", err)
 				}
 			default:
 				if err != nil || r.NarHash != jobs[i].Want {

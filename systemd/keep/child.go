@@ -198,15 +198,39 @@ type childOptions struct {
 	secrets []*secret.Bytes // in the order of request.Secrets
 	want    bool            // a secret comes back
 	event   func(name string, v json.RawMessage)
+	// late completes the request while the helper process is already starting. With
+	// an error the helper is asked nothing.
+	late func(*request) error
+}
+
+// lateRequest is a request that is complete when it is first read.
+type lateRequest struct {
+	req  request
+	late func(*request) error
+	r    io.Reader
+	err  error
+}
+
+func (l *lateRequest) Read(p []byte) (int, error) {
+	if l.r == nil {
+		l.r = bytes.NewReader(nil)
+		if l.late != nil {
+			l.err = l.late(&l.req)
+		}
+		if l.err == nil {
+			var b []byte
+			if b, l.err = json.Marshal(l.req); l.err == nil {
+				l.r = bytes.NewReader(b)
+			}
+		}
+	}
+	return l.r.Read(p)
 }
 
 // child runs one operation in a helper process and decodes its result into v.
 // The secret that comes back belongs to the caller.
 func (m *Manager) child(ctx context.Context, op string, req request, o childOptions, v any) (*secret.Bytes, error) {
-	in, err := json.Marshal(req)
-	if err != nil {
-		return nil, err
-	}
+	in := &lateRequest{req: req, late: o.late}
 	inR, inW, err := os.Pipe()
 	if err != nil {
 		return nil, err
@@ -220,7 +244,7 @@ func (m *Manager) child(ctx context.Context, op string, req request, o childOpti
 	defer outR.Close()
 	cmd := exec.CommandContext(ctx, m.Exe, "internal", op)
 	cmd.Args[0] = "overkeep"
-	cmd.Stdin = bytes.NewReader(in)
+	cmd.Stdin = in
 	cmd.ExtraFiles = []*os.File{inR, outW} // fd 3 and 4
 	cmd.Env = childEnv(os.Environ())
 	cmd.Dir = "/"
@@ -260,6 +284,10 @@ func (m *Manager) child(ctx context.Context, op string, req request, o childOpti
 	if last == nil && ctx.Err() != nil {
 		back.Wipe()
 		return nil, errorf(CodeAborted, req.Name, "interrupted")
+	}
+	if in.err != nil {
+		back.Wipe()
+		return nil, in.err
 	}
 	fail := func(err error) (*secret.Bytes, error) {
 		back.Wipe()

@@ -9,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -135,26 +134,6 @@ func (k *Keep) forgetNamespace(ns *view.Namespace) error {
 	return nil
 }
 
-// inhabited reports whether a process other than this one lives in the mount
-// namespace.
-func inhabited(ns uint64) bool {
-	want := fmt.Sprintf("mnt:[%d]", ns)
-	entries, err := os.ReadDir("/proc")
-	if err != nil {
-		return true
-	}
-	for _, e := range entries {
-		pid, err := strconv.Atoi(e.Name())
-		if err != nil || pid == os.Getpid() {
-			continue
-		}
-		if l, err := os.Readlink(filepath.Join("/proc", e.Name(), "ns/mnt")); err == nil && l == want {
-			return true
-		}
-	}
-	return false
-}
-
 type closeResult struct {
 	Already bool `json:"already"`
 }
@@ -184,11 +163,7 @@ func opClose(ctx context.Context, c *call) (any, error) {
 			return nil, l.notLocked("the keep is in use", hs)
 		}
 	}
-	if c.Locking == LockKill {
-		if err := l.endFirst(ctx); err != nil {
-			return nil, err
-		}
-	}
+	defer func() { l.ending.close() }()
 	l.stopSupervisor(c.Locking)
 	for {
 		err := l.attempt(ctx)
@@ -204,6 +179,7 @@ func opClose(ctx context.Context, c *call) (any, error) {
 		if !errors.As(err, &vb) && !errors.As(err, &wb) && !errors.As(err, &ub) && !errors.Is(err, errHeld) && !moved {
 			return nil, err
 		}
+		l.ending.wait()
 		hs := l.holders(ctx, nil)
 		if err := l.deal(ctx, err, hs); err != nil {
 			return nil, err
@@ -233,6 +209,7 @@ type locker struct {
 	unseen  string // what the last look for holders could not look at
 	absent  bool   // the kernel had no key when this lock began
 	already bool
+	ending  *ending   // the supervisor, if it said that it is done and is about to end
 	busy    time.Time // since when nothing but the kernel itself holds it; zero: not
 }
 
@@ -426,46 +403,6 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// own are the supervisor and its idle daemon: they end with the lock and hold
-// nothing against it.
-func (l *locker) own() map[int]bool {
-	pid := supervisorPID(l.c.k)
-	own := map[int]bool{}
-	if pid == 0 {
-		return own
-	}
-	own[pid] = true
-	for _, c := range children(pid) {
-		own[c] = true // the daemon; its workers are children of its own
-	}
-	return own
-}
-
-// hasClient reports whether the client of a worker may still be there: Nix's daemon
-// writes its process id behind the name of the worker (daemon.cc), 0 if it has none here.
-func hasClient(h holder.Holder) bool {
-	f := strings.Fields(h.Command)
-	if len(f) < 2 {
-		return false // just ending
-	}
-	pid, err := strconv.Atoi(f[len(f)-1])
-	return err != nil || pid == 0 || unix.Kill(pid, 0) != unix.ESRCH
-}
-
-// workersOnly reports whether all holders are children of our idle daemon, or
-// processes that are just ending: those have no command line any more.
-func (l *locker) workersOnly(hs []holder.Holder) bool {
-	workers := map[int]bool{}
-	for pid := range l.own() {
-		for _, c := range children(pid) {
-			workers[c] = true
-		}
-	}
-	return !slices.ContainsFunc(hs, func(h holder.Holder) bool {
-		return h.PID == 0 || !workers[h.PID] && !strings.HasPrefix(h.Command, "[")
-	})
-}
-
 // stopSupervisor refuses new work and ends the supervisor. With workers left it
 // stays to answer them for the system store, unless everything is to be killed.
 func (l *locker) stopSupervisor(mode LockMode) {
@@ -478,15 +415,25 @@ func (l *locker) stopSupervisor(mode LockMode) {
 	if err == nil && mode != LockKill && answer != "workers 0" {
 		return
 	}
+	e := expectEnd(pid)
 	if err == nil {
 		_, err = control(l.c.k, "stop")
 	}
-	endSupervisor(pid, err == nil)
+	if err != nil {
+		e.signal(unix.SIGTERM)
+		e.wait()
+		e.close()
+		return
+	}
+	// It has let go of the keep and does nothing more. The kernel takes some 20 ms to
+	// end it (it had inotify watches); meanwhile the unmounting begins, and is done only
+	// when it is gone.
+	l.ending = e
 }
 
 // attempt goes through the lock once, from the mounts to the proof.
 func (l *locker) attempt(ctx context.Context) error {
-	if supervisorPID(l.c.k) != 0 {
+	if l.ending == nil && supervisorPID(l.c.k) != 0 {
 		// Workers were left; are they done now?
 		if answer, err := control(l.c.k, "drain"); err == nil && answer != "workers 0" {
 			return errHeld
@@ -523,7 +470,13 @@ func (l *locker) attempt(ctx context.Context) error {
 	crashpoint.At("lock.detach")
 	ctx, cancel := context.WithTimeout(ctx, keyGrace)
 	defer cancel()
-	return volume.DetachFS(ctx, l.spec)
+	if err := volume.DetachFS(ctx, l.spec); err != nil {
+		return err
+	}
+	if !l.ending.wait() {
+		return errHeld // it knows names of the keep
+	}
+	return nil
 }
 
 // coverSessions sees to it that a session which outlives the lock cannot fall back
@@ -534,7 +487,7 @@ func (l *locker) coverSessions() error {
 	if err := unix.Stat("/proc/self/ns/mnt", &st); err != nil {
 		return err
 	}
-	if !inhabited(st.Ino) {
+	if !inhabited(st.Ino, l.ending.process()) {
 		return nil
 	}
 	return view.Cover(l.list, l.c.User, l.c.k.Cover())

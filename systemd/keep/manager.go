@@ -8,6 +8,7 @@ import (
 	"regexp"
 	"sort"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/google/renameio/v2"
@@ -39,6 +40,7 @@ type Keep struct {
 	layout.Keep
 	Header *Header
 	m      *Manager
+	nix    func() nixFound
 }
 
 // Open reads the header of the keep name.
@@ -51,7 +53,7 @@ func (m *Manager) Open(name string) (*Keep, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Keep{Keep: k, Header: h, m: m}, nil
+	return &Keep{Keep: k, Header: h, m: m, nix: sync.OnceValue(findNix)}, nil
 }
 
 // List returns the names of all keeps, sorted. A directory whose header is

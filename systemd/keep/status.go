@@ -45,6 +45,8 @@ type Status struct {
 	Supervisor   int  `json:"supervisor,omitempty"` // pid
 	// Trouble says why a keep that is open does not work; empty when it does.
 	Trouble string `json:"trouble,omitempty"`
+	// MoveUnfinished says that a move between the stores was interrupted.
+	MoveUnfinished bool `json:"move_unfinished,omitempty"`
 
 	SizeTotal  int64  `json:"size_total,omitempty"` // bytes the volume can hold
 	SizeUsed   int64  `json:"size_used,omitempty"`  // bytes used inside it
@@ -97,19 +99,15 @@ func (k *Keep) look(ctx context.Context, sizes bool) (*stateInfo, error) {
 		return nil, err
 	}
 	pinned := ns != nil
-	if !pinned {
-		if ns, err = privateNamespace(); err != nil {
-			return nil, err
-		}
+	if pinned {
+		defer ns.Close()
 	}
-	defer ns.Close()
 	req := request{Root: k.Root, Name: k.Name, StateDir: k.StateDir(), Header: k.Header}
 	if u, err := k.Header.viewUser(); err == nil {
 		req.User = u
 	}
-	req.Sizes = sizes
-	st := new(stateInfo)
-	if _, err := k.m.child(ctx, "state", req, childOptions{ns: ns}, st); err != nil {
+	st, err := k.lookIn(ctx, ns, req, sizes)
+	if err != nil {
 		return nil, err
 	}
 	mounted := 0
@@ -127,6 +125,39 @@ func (k *Keep) look(ctx context.Context, sizes bool) (*stateInfo, error) {
 		st.State = Unlocked
 	default:
 		st.State = Locking
+	}
+	return st, nil
+}
+
+// lookIn looks from inside the namespace; nil: from where we are. Sizes are a walk
+// over the keep, for a helper process that can be ended; without them a thread of our
+// own does, for it reads what the kernel says and opens nothing in the volume.
+func (k *Keep) lookIn(ctx context.Context, ns *view.Namespace, req request, sizes bool) (*stateInfo, error) {
+	st := new(stateInfo)
+	if sizes {
+		if ns == nil {
+			var err error
+			if ns, err = privateNamespace(); err != nil {
+				return nil, err
+			}
+			defer ns.Close()
+		}
+		req.Sizes = true
+		_, err := k.m.child(ctx, "state", req, childOptions{ns: ns}, st)
+		return st, err
+	}
+	look := func() (err error) {
+		st, err = (&call{request: req, k: k.Keep}).stateInfo()
+		return err
+	}
+	var err error
+	if ns == nil {
+		err = look()
+	} else {
+		err = ns.Do(look)
+	}
+	if err != nil {
+		return nil, classified(err)
 	}
 	return st, nil
 }
@@ -171,6 +202,15 @@ func (k *Keep) listening() bool {
 
 // opState looks at the key, the mounts and the sizes inside the namespace.
 func opState(ctx context.Context, c *call) (any, error) {
+	st, err := c.stateInfo()
+	if err != nil {
+		return nil, err
+	}
+	return st, nil
+}
+
+// stateInfo looks around in the namespace of the calling thread.
+func (c *call) stateInfo() (*stateInfo, error) {
 	set, _, err := loadSlots(c.slotsDir(), c.Name)
 	if err != nil {
 		return nil, err
@@ -261,6 +301,7 @@ func (k *Keep) Status(ctx context.Context) (*Status, error) {
 		Key: st.Key, ViewComplete: st.ViewComplete, Supervisor: st.Supervisor,
 		SizeTotal: st.SizeTotal, SizeUsed: st.SizeUsed, SizeOnDisk: st.SizeOnDisk, Paths: st.Paths, Slots: len(keys.Slots),
 	}
+	out.MoveUnfinished = k.MoveUnfinished()
 	if st.State != Locked {
 		out.Mounts = st.Mounts
 	}

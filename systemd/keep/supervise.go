@@ -24,6 +24,7 @@ import (
 	"overkeep/crypt/crashpoint"
 	"overkeep/overlay/layout"
 	"overkeep/overlay/lower"
+	"overkeep/overlay/move"
 	"overkeep/overlay/pins"
 	"overkeep/overlay/view"
 )
@@ -60,9 +61,11 @@ type supervisor struct {
 	cancel   context.CancelFunc // ends watches and proxy
 	starter  *starter
 
-	pinner   *pins.Pinner
-	changed  atomic.Bool    // the keep's database, since the pins were brought up to date
-	watching sync.WaitGroup // what has the volume open now and then
+	pinner      *pins.Pinner
+	pinned      []string       // the answer to needs at the last time, if all of it was valid
+	unforgotten atomic.Bool    // rows that nothing reaches could not be removed
+	changed     atomic.Bool    // the keep's database, since the pins were brought up to date
+	watching    sync.WaitGroup // what has the volume open now and then, or touches a mount
 
 	stopping sync.Once
 
@@ -142,8 +145,8 @@ func (s *supervisor) start(ctx context.Context) (*net.UnixListener, error) {
 	proxy := &lower.Proxy{
 		Upstream: filepath.Join(s.k.SystemSocketDir(), "socket"),
 		GCLock:   systemGCLock,
+		Absent:   s.absent,
 		BeforeClose: func(ctx context.Context) error {
-			_ = s.prune(ctx) // else it is done after the next change
 			_, err := s.pinner.Add(ctx)
 			return err
 		},
@@ -156,7 +159,6 @@ func (s *supervisor) start(ctx context.Context) (*net.UnixListener, error) {
 		return nil, err
 	}
 	// What an earlier supervisor had no time to do, before anything can ask.
-	_ = s.prune(ctx)
 	soon, done := context.WithTimeout(ctx, answerGrace)
 	defer done()
 	if _, err := s.pinner.Add(soon); err != nil {
@@ -170,7 +172,7 @@ func (s *supervisor) start(ctx context.Context) (*net.UnixListener, error) {
 	}
 	go s.reap(ended)
 	s.watching.Go(func() { s.watchPins(ctx) })
-	go s.watchLower(ctx)
+	s.watching.Go(func() { s.watchLower(ctx) })
 	return control, nil
 }
 
@@ -438,6 +440,12 @@ func (s *supervisor) obey(line string, answer io.Writer) (last bool) {
 		if s.resume() == nil {
 			fmt.Fprintln(answer, "serving")
 		}
+	case "journal":
+		if move.Unfinished(s.k.Journal()) {
+			fmt.Fprintln(answer, unfinished)
+		} else {
+			fmt.Fprintln(answer, "ended")
+		}
 	case "pin":
 		ctx, done := context.WithTimeout(context.Background(), killGrace)
 		defer done()
@@ -455,7 +463,6 @@ func (s *supervisor) obey(line string, answer io.Writer) (last bool) {
 			s.watching.Wait()
 			if s.changed.Load() {
 				ctx, done := context.WithTimeout(context.Background(), killGrace)
-				_ = s.prune(ctx)
 				_, _ = s.pinner.Exact(ctx)
 				done()
 			}

@@ -26,31 +26,68 @@ import (
 // roots reach there, as far as the system store itself says that it has it.
 // Without that question a damaged personal path would be named in the plaintext
 // directory of pins.
+//
+// On the way it forgets the rows of system paths that nothing of the keep reaches:
+// every look at a system path leaves one, and the overlay's collector leaves more
+// (seen with Nix 2.26 and 2.34). As long as there is a row, Nix calls the path
+// valid without asking the system store, so it may neither stay unpinned nor be
+// pinned for ever. One reading serves both: where Nix left a long log, reading is dear.
 func (s *supervisor) needs(ctx context.Context) ([]string, error) {
-	g, reached, err := s.reach(ctx)
-	if err != nil {
-		return nil, err
+	// A small garbage collection, by its rules: gc.lock is held exclusively, and
+	// temporary roots count. While Nix holds the lock, nothing is forgotten.
+	lock, err := os.OpenFile(filepath.Join(s.k.NixState(), "gc.lock"), os.O_RDWR|unix.O_NOFOLLOW, 0)
+	none := errors.Is(err, os.ErrNotExist) // no Nix was here yet
+	if err == nil {
+		defer lock.Close()
+		err = unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 	}
 	leaving := leavingKeep(s.k)
-	var wanted []string
+	g, reached, rerr := s.reach(ctx)
+	if rerr != nil {
+		return nil, rerr
+	}
+	var wanted, left []string
 	for i, p := range g.Paths {
-		if reached[i] && (!g.Own[i] || leaving[p]) {
+		switch {
+		case g.Own[i] && !leaving[p]:
+		case reached[i]:
 			wanted = append(wanted, p)
+		default:
+			left = append(left, p)
 		}
 	}
+	if err == nil {
+		err = nixdb.Forget(ctx, filepath.Join(s.k.NixDB(), "db.sqlite"), left)
+		lock.Close()
+	}
+	s.unforgotten.Store(err != nil && !none) // then it is done after the next change
 	if len(wanted) == 0 {
 		return nil, nil
 	}
+	// Pinned ones stay valid: only for others, and ones that are gone all the same,
+	// is the system's daemon asked. Runs of the pinner follow one another.
+	if !slices.Equal(wanted, s.pinned) || slices.ContainsFunc(wanted, func(p string) bool { return s.absent(filepath.Base(p)) }) {
+		s.pinned = nil
+		valid, err := s.valid(ctx, wanted)
+		if err != nil {
+			return nil, err
+		}
+		if len(valid) < len(wanted) {
+			return minimal(g.Graph, valid), nil
+		}
+		s.pinned = wanted
+	}
+	return minimal(g.Graph, wanted), nil
+}
+
+// valid asks the system store which of the paths it has.
+func (s *supervisor) valid(ctx context.Context, paths []string) ([]string, error) {
 	c, err := lower.Dial(ctx, filepath.Join(s.k.SystemSocketDir(), "socket"))
 	if err != nil {
 		return nil, err
 	}
 	defer c.Close()
-	valid, err := c.ValidPaths(ctx, wanted)
-	if err != nil {
-		return nil, err
-	}
-	return minimal(g.Graph, valid), nil
+	return c.ValidPaths(ctx, paths)
 }
 
 // leavingKeep are the paths that a mover is about to take out of the upper layer. They
@@ -63,40 +100,6 @@ func leavingKeep(k layout.Keep) map[string]bool {
 		out[filepath.Join(layout.NixStore, e.Name())] = true
 	}
 	return out
-}
-
-// prune forgets the rows of system paths that nothing of the keep reaches: every
-// look at a system path leaves one, and the overlay's collector leaves more (seen
-// with Nix 2.26 and 2.34). As long as there is a row, Nix calls the path valid
-// without asking the system store, so it may neither stay unpinned nor be pinned
-// for ever.
-//
-// It is a small garbage collection and keeps to its rules: gc.lock is held
-// exclusively, and temporary roots count. It does nothing while Nix holds the
-// lock.
-func (s *supervisor) prune(ctx context.Context) error {
-	lock, err := os.OpenFile(filepath.Join(s.k.NixState(), "gc.lock"), os.O_RDWR|unix.O_NOFOLLOW, 0)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil // no Nix was here yet
-	}
-	if err != nil {
-		return err
-	}
-	defer lock.Close()
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return err
-	}
-	g, reached, err := s.reach(ctx)
-	if err != nil {
-		return err
-	}
-	var left []string
-	for i, p := range g.Paths {
-		if !reached[i] && !g.Own[i] {
-			left = append(left, p)
-		}
-	}
-	return nixdb.Forget(ctx, filepath.Join(s.k.NixDB(), "db.sqlite"), left)
 }
 
 // reach reads the keep's graph and walks it from the keep's own paths, its
@@ -224,17 +227,20 @@ func minimal(g nixdb.Graph, valid []string) []string {
 func (s *supervisor) settle() string {
 	ctx, done := context.WithTimeout(context.Background(), killGrace)
 	defer done()
-	if err := s.prune(ctx); errors.Is(err, unix.EWOULDBLOCK) {
-		return "a personal collection"
-	}
 	switch r, err := s.pinner.Exact(ctx); {
 	case err != nil:
 		return "pins that could not be written"
 	case r.Deferred > 0:
 		return "a system collection"
+	case s.unforgotten.Load():
+		return "a personal collection"
 	}
 	return settled
 }
+
+// longLog is, in bytes, the write-ahead log that is worth a checkpoint: to read it takes
+// some 20 ms, each time that somebody looks at the keep's database.
+const longLog = 16 << 20
 
 // pinPause is how long the database is left alone after a change, pinAgain when
 // pins that could not be brought up to date are tried again.
@@ -272,15 +278,14 @@ func (s *supervisor) watchPins(ctx context.Context) {
 		case <-again:
 		}
 		again = nil
-		// Rows first: what has one is used without asking, so it stays pinned.
 		s.changed.Store(false)
-		busy := s.prune(ctx) != nil
 		// Removals wait while the system's collector runs.
-		if r, err := s.pinner.Exact(ctx); busy || err != nil || r.Deferred > 0 {
+		if r, err := s.pinner.Exact(ctx); err != nil || r.Deferred > 0 || s.unforgotten.Load() {
 			s.changed.Store(true)
 			again = time.After(pinAgain)
 		}
 		origins.record(ctx)
+		_ = nixdb.Checkpoint(ctx, filepath.Join(s.k.NixDB(), "db.sqlite"), longLog)
 	}
 }
 
@@ -293,12 +298,15 @@ func (s *supervisor) watchLower(ctx context.Context) {
 		return
 	}
 	f := os.NewFile(uintptr(fd), "inotify")
-	defer f.Close()
+	defer func() { go f.Close() }() // takes the kernel a while, see nixdb.Watch
 	dir := fmt.Sprintf("/proc/self/fd/%d", s.lowerDir.Fd())
-	if _, err := unix.InotifyAddWatch(fd, dir, unix.IN_CREATE|unix.IN_MOVED_TO|unix.IN_DELETE|unix.IN_MOVED_FROM|unix.IN_ONLYDIR); err != nil {
+	wd, err := unix.InotifyAddWatch(fd, dir, unix.IN_CREATE|unix.IN_MOVED_TO|unix.IN_DELETE|unix.IN_MOVED_FROM|unix.IN_ONLYDIR)
+	if err != nil {
 		return
 	}
-	go func() { <-ctx.Done(); f.Close() }()
+	defer unix.InotifyRmWatch(fd, uint32(wd))
+	stop := context.AfterFunc(ctx, func() { _ = f.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
 	buf := make([]byte, 64<<10)
 	for {
 		n, err := f.Read(buf)
@@ -306,6 +314,9 @@ func (s *supervisor) watchLower(ctx context.Context) {
 			return
 		}
 		names, lost := inotifyNames(buf[:n])
+		if ctx.Err() != nil {
+			return // the view is about to go, and with it the mount to be remounted
+		}
 		if lost || slices.ContainsFunc(names, func(name string) bool { return s.outdated(dir, name) }) {
 			_ = view.Remount() // forgets them all
 		}
@@ -322,6 +333,13 @@ func (s *supervisor) outdated(lower, name string) bool {
 		return err == nil
 	}
 	return there(s.k.Upper()) || there(layout.NixStore) != there(lower)
+}
+
+// absent reports whether the system store, below the overlay, has nothing of that
+// name: what its database knows of such a path is not worth asking for.
+func (s *supervisor) absent(name string) bool {
+	var st unix.Stat_t
+	return unix.Fstatat(int(s.lowerDir.Fd()), name, &st, unix.AT_SYMLINK_NOFOLLOW) == unix.ENOENT
 }
 
 // inotifyNames reads the names out of inotify(7) events, and whether events were

@@ -51,26 +51,62 @@ func dialControl(k layout.Keep) (*net.UnixConn, error) {
 	return net.DialUnix("unix", nil, &net.UnixAddr{Name: filepath.Join(k.LowerSocketDir(), "control"), Net: "unix"})
 }
 
-// endSupervisor waits for the end of a supervisor, which it asks for by signal
-// unless it has been asked already: SIGTERM drains, SIGKILL is for one that hangs.
-func endSupervisor(pid int, asked bool) {
+// endSupervisor ends a supervisor: SIGTERM drains, SIGKILL is for one that hangs.
+func endSupervisor(pid int) {
+	e := expectEnd(pid)
+	defer e.close()
+	e.signal(unix.SIGTERM)
+	e.wait()
+}
+
+// ending is a process that is about to end, told from any later one of its number;
+// nil is one that has ended.
+type ending struct{ pid, fd int }
+
+// expectEnd takes hold of a process before it is asked to end.
+func expectEnd(pid int) *ending {
 	fd, err := unix.PidfdOpen(pid, 0)
 	if err != nil {
-		return
+		return nil // gone already
 	}
-	defer unix.Close(fd)
-	signals := []unix.Signal{unix.SIGTERM, unix.SIGKILL}
-	for i, sig := range signals {
-		if i > 0 || !asked {
-			_ = unix.PidfdSendSignal(fd, sig, nil, 0)
+	return &ending{pid, fd}
+}
+
+func (e *ending) signal(sig unix.Signal) {
+	if e != nil {
+		_ = unix.PidfdSendSignal(e.fd, sig, nil, 0)
+	}
+}
+
+// process is its pid, 0 for none.
+func (e *ending) process() int {
+	if e == nil {
+		return 0
+	}
+	return e.pid
+}
+
+// wait waits for the end, with SIGKILL after a while, and reports whether it came.
+func (e *ending) wait() bool {
+	if e == nil || e.within(killGrace) {
+		return true
+	}
+	e.signal(unix.SIGKILL)
+	return e.within(killGrace)
+}
+
+func (e *ending) within(d time.Duration) bool {
+	for until := time.Now().Add(d); ; {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(e.fd), Events: unix.POLLIN}}, max(0, int(time.Until(until).Milliseconds())))
+		if err != unix.EINTR {
+			return n > 0
 		}
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(killGrace.Milliseconds()))
-		for err == unix.EINTR {
-			n, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(killGrace.Milliseconds()))
-		}
-		if n > 0 {
-			return
-		}
+	}
+}
+
+func (e *ending) close() {
+	if e != nil {
+		_ = unix.Close(e.fd)
 	}
 }
 

@@ -52,11 +52,8 @@ func (k *Keep) Unlock(ctx context.Context, auth Auth) (*UnlockResult, error) {
 	if st.State == Unlocked {
 		return &UnlockResult{Keep: k.Name, Already: true}, nil
 	}
+	k.LookForNix()
 	if _, err := ReadConfig(k.Root); err != nil {
-		return nil, err
-	}
-	nixDaemon, oldNix, err := checkNix()
-	if err != nil {
 		return nil, err
 	}
 	if st.State == Locking && !st.ViewComplete {
@@ -67,7 +64,7 @@ func (k *Keep) Unlock(ctx context.Context, auth Auth) (*UnlockResult, error) {
 	if err := ensureRunDirs(k.Keep); err != nil {
 		return nil, err
 	}
-	req := request{Root: k.Root, Name: k.Name, StateDir: k.StateDir(), Header: k.Header, User: u, Restart: st.ViewComplete, OldNix: oldNix}
+	req := request{Root: k.Root, Name: k.Name, StateDir: k.StateDir(), Header: k.Header, User: u, Restart: st.ViewComplete}
 	secrets := auth.apply(&req)
 
 	ns, err := existingNamespace(k.Keep)
@@ -89,7 +86,11 @@ func (k *Keep) Unlock(ctx context.Context, auth Auth) (*UnlockResult, error) {
 	k.m.progress("opening a slot")
 	var r openResult
 	crashpoint.At("unlock.open")
-	_, err = k.m.child(ctx, "open", req, childOptions{ns: ns, secrets: secrets}, &r)
+	needsNix := func(req *request) error {
+		req.OldNix = k.nix().old
+		return k.nix().err
+	}
+	_, err = k.m.child(ctx, "open", req, childOptions{ns: ns, secrets: secrets, late: needsNix}, &r)
 	if err != nil && answered(err) && nothingMounted(ns, k.Keep) {
 		// It said itself what is wrong, and took back what it had begun.
 		if fresh {
@@ -99,7 +100,7 @@ func (k *Keep) Unlock(ctx context.Context, auth Auth) (*UnlockResult, error) {
 	}
 	if err == nil {
 		crashpoint.At("unlock.supervisor")
-		err = k.startSupervisor(ctx, ns, u, nixDaemon)
+		err = k.startSupervisor(ctx, ns, u, k.nix().daemon)
 	}
 	if err != nil {
 		// A helper that was killed half-way left what it had: the lock takes
@@ -187,10 +188,23 @@ func NixSupports(major, minor int) bool {
 }
 
 // CheckNix reports whether a keep can be served here: a nix-daemon that is new
-// enough, and the system's own.
-func CheckNix() error {
-	_, _, err := checkNix()
-	return err
+// enough, and the system's own. It looks once for a Keep, Unlock included.
+func (k *Keep) CheckNix() error { return k.nix().err }
+
+// LookForNix begins CheckNix and does not wait for it: to start a nix-daemon that
+// tells its version takes some 20 ms.
+func (k *Keep) LookForNix() { go k.nix() }
+
+// nixFound is what checkNix returns.
+type nixFound struct {
+	daemon string // its path
+	old    bool
+	err    error
+}
+
+func findNix() (f nixFound) {
+	f.daemon, f.old, f.err = checkNix()
+	return f
 }
 
 // checkNix finds a nix-daemon that can serve a keep, and the system's own.
@@ -230,7 +244,7 @@ func (k *Keep) startSupervisor(ctx context.Context, ns *view.Namespace, u view.U
 				return nil
 			}
 		}
-		endSupervisor(pid, false)
+		endSupervisor(pid)
 	}
 	in, err := json.Marshal(superviseRequest{Root: k.Root, Name: k.Name, User: u, NixDaemon: nixDaemon,
 		Env: nixConfig(k.Keep, k.Header, k.Root).Environment(strings.Join(append([]string{filepath.Dir(nixDaemon)}, NixPath...), ":"))})

@@ -154,6 +154,25 @@ func TestSupervisorKilled(t *testing.T) {
 	})
 }
 
+// TestSupervisorEnds: a lock is a success only when the supervisor has ended, which goes
+// on while the lock unmounts. One that does not end when it should is killed.
+func TestSupervisorEnds(t *testing.T) {
+	both(t, func(t *testing.T, k *locked) {
+		for _, stopped := range []bool{false, true} {
+			e := k.open(t)
+			pid := k.status(t).Supervisor
+			if stopped {
+				k.Must(t, "root", fmt.Sprint("kill -STOP ", pid))
+			}
+			k.mustLock(t)
+			if out, err := k.Run("root", fmt.Sprintf("! grep -s '^State' /proc/%d/status", pid)); err != nil {
+				t.Errorf("locked, but the supervisor is there (stopped: %v): %s", stopped, out)
+			}
+			k.isLocked(t, e)
+		}
+	})
+}
+
 // killSupervisor kills it and returns when it is seen to be gone.
 func (k *locked) killSupervisor(t *testing.T) {
 	t.Helper()

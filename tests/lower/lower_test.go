@@ -100,13 +100,18 @@ func (w *world) proxy(t *testing.T, lock string) string {
 	if lock != "" {
 		lock = w.Root + lock
 	}
-	px := &lower.Proxy{Upstream: w.Root + sysSock, GCLock: lock, BeforeClose: func(ctx context.Context) error {
-		_, err := w.pinner.Add(ctx)
-		if err != nil {
-			t.Errorf("pin: %v", err)
-		}
-		return err
-	}}
+	px := &lower.Proxy{Upstream: w.Root + sysSock, GCLock: lock,
+		Absent: func(name string) bool {
+			_, err := os.Lstat(w.Root + "/nix/store/" + name)
+			return errors.Is(err, os.ErrNotExist)
+		},
+		BeforeClose: func(ctx context.Context) error {
+			_, err := w.pinner.Add(ctx)
+			if err != nil {
+				t.Errorf("pin: %v", err)
+			}
+			return err
+		}}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- px.Serve(ctx, l) }()
