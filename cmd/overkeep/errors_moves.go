@@ -46,7 +46,7 @@ func explainMoves(err error, h here) *problem {
 	case errors.As(err, &blocked):
 		return &problem{Code: codeBlocked, Message: blocked.Error(), Name: blocked.p.Blocked[0].Path, Remedy: again("When that is out of the way:")}
 	case errors.As(err, &space):
-		return &problem{Code: keep.CodeNoSpace, Message: space.Error() + "; nothing was moved", Remedy: []remedy{{"Collect garbage in the keep:", h.command("run", "--", "nix-collect-garbage", "-d")}}}
+		return &problem{Code: keep.CodeNoSpace, Message: space.Error() + "; nothing was moved", Remedy: roomRemedy(space, h)}
 	case errors.As(err, &collector):
 		return &problem{Code: keep.CodeBusyRun, Message: collector.Error(), Remedy: again("When it is done:")}
 	case errors.Is(err, move.ErrBusy):
@@ -57,4 +57,15 @@ func explainMoves(err error, h here) *problem {
 		return &problem{Code: keep.CodeDamaged, Message: err.Error(), Remedy: []remedy{{"Look at it:", h.command("run", "--as-root", "--", "ls", "-l", "/run/overkeep/"+h.keep+"/k/journal")}}}
 	}
 	return nil
+}
+
+// roomRemedy is how room is made where it is missing.
+func roomRemedy(e *move.SpaceError, h here) []remedy {
+	switch e.Where {
+	case move.InKeep:
+		return []remedy{{"Collect garbage in the keep:", h.command("run", "--", "nix-collect-garbage", "-d")}}
+	case move.InSystem:
+		return []remedy{{"Collect garbage in the system store, outside of the view:", "sudo nix-collect-garbage"}}
+	}
+	return []remedy{{Why: "Make room on the disk; the keep's image grows with what is in it."}}
 }

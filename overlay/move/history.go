@@ -152,9 +152,16 @@ func DoneOf(past []Past, planID string) map[string]bool {
 	return done
 }
 
+// Where there is no room, in words.
+const (
+	InKeep    = "the keep"
+	InSystem  = "the system store"
+	BelowKeep = "the disk that the keep lies on"
+)
+
 // SpaceError: there is no room for all that is to be copied.
 type SpaceError struct {
-	Where      string // "the keep", "the disk that the keep lies on", "the system store"
+	Where      string // InKeep, InSystem or BelowKeep
 	Need, Free int64  // bytes
 	Inodes     bool   // of inodes, and not of bytes
 }
@@ -197,9 +204,9 @@ func (w *World) Room(ctx context.Context, moves []plan.Move, outer *os.File) err
 			side.sum.Inodes += u.Inodes
 		}
 		side.sum.BlockSize = room.BlockSize
-		where := "the keep"
+		where := InKeep
 		if side.kind == plan.Release {
-			where = "the system store"
+			where = InSystem
 		}
 		if side.sum.Blocks == 0 && side.sum.Inodes == 0 {
 			continue
@@ -219,7 +226,7 @@ func (w *World) Room(ctx context.Context, moves []plan.Move, outer *os.File) err
 		return err
 	}
 	if need, free := in.Blocks*in.BlockSize+reserve, int64(st.Bavail)*st.Bsize; need > free {
-		return &SpaceError{Where: "the disk that the keep lies on", Need: need, Free: free}
+		return &SpaceError{Where: BelowKeep, Need: need, Free: free}
 	}
 	return nil
 }

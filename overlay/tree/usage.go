@@ -135,7 +135,10 @@ func Room(dir *os.File) (Space, error) {
 	if err := again(func() error { return unix.Fstatfs(int(dir.Fd()), &fs) }); err != nil {
 		return Space{}, &Error{"statfs", dir.Name(), true, err}
 	}
-	s := Space{BlockSize: int64(fs.Bsize), Blocks: int64(fs.Bfree), Inodes: int64(fs.Ffree)}
+	// ext4 counts as free what it keeps for itself and gives not even to root
+	// (fs/ext4/super.c, ext4_calculate_resv_clusters: a fiftieth, at most 4096 clusters).
+	kept := min(fs.Blocks/50, 4096)
+	s := Space{BlockSize: int64(fs.Bsize), Blocks: max(0, int64(fs.Bfree)-int64(kept)), Inodes: int64(fs.Ffree)}
 	if fs.Files == 0 { // such as btrfs: as many as there is space for
 		s.Inodes = math.MaxInt64
 	}
