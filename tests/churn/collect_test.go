@@ -77,10 +77,11 @@ func (s *small) collect(t *testing.T) {
 // TestCollectAfterKill: a command that moves paths is killed, and before anybody sets
 // that right both collectors run. Nothing is lost, not then and not by the recovery.
 func TestCollectAfterKill(t *testing.T) {
-	points := number(t, "OVERKEEP_CHURN_KILLS", 14)
+	points := number(t, "OVERKEEP_CHURN_KILLS", 6)
 	seed := number(t, "OVERKEEP_CHURN_SEED", rand.Uint64())
 	t.Logf("OVERKEEP_CHURN_SEED=%d", seed)
 	choose := rand.New(rand.NewPCG(seed, 2))
+	t.Parallel()
 	s := newSmall(t, bed.Forky, boundary.Binary(t))
 	tried := 0
 	for _, c := range []struct {

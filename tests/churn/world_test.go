@@ -5,8 +5,9 @@
 // Nix, every command comes to an end, and nothing is left lying about.
 //
 // TestChurn is that; OVERKEEP_CHURN says for how long (2m), OVERKEEP_CHURN_SEED with
-// which choices (the times are the machine's own). Beside it stand tests of the races
-// that it found or could find, each with its moment forced.
+// which choices (the times are the machine's own), OVERKEEP_CHURN_KILLS at how many
+// calls of each command it is killed before the collectors run (6). Beside it stand tests
+// of the races that it found or could find, each with its moment forced.
 //
 // Do not look here for what a move does when nothing else happens.
 package churn
