@@ -159,8 +159,8 @@ func (r ejected) print(p *page) {
 	p.printf("%s (%s) in %s, plaintext. With stock Nix, as root:\n\n  nix copy --from file://%s --no-check-sigs --all\n", counts(r.Paths, "path"), formatSize(r.Bytes), printable(r.To), printable(r.To))
 }
 
-// makeOutside makes a directory of root's alone on the machine outside the view; its
-// parent must be there.
+// makeOutside makes a directory of root's alone on the machine outside the view, or
+// finds one; its parent must be there.
 func (m *mover) makeOutside(dir string) (*os.File, error) {
 	parent, err := m.outside(filepath.Dir(dir))
 	if err != nil {
@@ -174,7 +174,16 @@ func (m *mover) makeOutside(dir string) (*os.File, error) {
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: dir, Err: err}
 	}
-	return os.NewFile(uintptr(fd), dir), nil
+	f := os.NewFile(uintptr(fd), dir)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil || st.Uid != 0 || st.Mode&0o077 != 0 {
+		f.Close()
+		if err != nil {
+			return nil, &os.PathError{Op: "stat", Path: dir, Err: err}
+		}
+		return nil, &keep.Error{Code: keep.CodeUsage, Name: dir, Message: fmt.Sprintf("%q exists, and others than root can look into it (uid %d, mode %o): name one that does not exist", dir, st.Uid, st.Mode&0o7777)}
+	}
+	return f, nil
 }
 
 // closure reads the rows of paths and of all they refer to from the keep, as a binary

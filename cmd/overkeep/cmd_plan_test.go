@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"overkeep/overlay/layout"
+	"overkeep/overlay/move"
 	"overkeep/overlay/plan"
 	"overkeep/overlay/view"
 	"overkeep/systemd/keep"
@@ -230,5 +231,21 @@ func TestBlockedWords(t *testing.T) {
 			t.Errorf("%s: %q", why, w)
 		}
 		seen[w] = true
+	}
+}
+
+// What was not cleared is not called cleared.
+func TestPrintCleaned(t *testing.T) {
+	text := func(c *move.CleanResult) string {
+		var b bytes.Buffer
+		printCleaned(&page{w: &b}, c)
+		return b.String()
+	}
+	if s := text(&move.CleanResult{}); !strings.Contains(s, "cleared.\n") || strings.Contains(s, "not done") {
+		t.Errorf("%q", s)
+	}
+	s := text(&move.CleanResult{Left: []string{"no trim\x1b[2J"}})
+	if strings.Contains(s, "cleared.\n") || !strings.Contains(s, "but for what follows") || !strings.Contains(s, "not done: no trim") || strings.Contains(s, "\x1b") {
+		t.Errorf("%q", s)
 	}
 }

@@ -115,6 +115,9 @@ func printStatus(p *page, s *keep.Status, h here) {
 	if s.State == keep.Locking {
 		p.printf("  Close it, or open it again:\n      %s\n      %s\n", p.style("1", h.command("lock", s.Keep)), p.style("1", h.command("unlock", s.Keep)))
 	}
+	if s.MoveUnfinished {
+		p.printf("  A move between the stores was interrupted. Set it right:\n      %s\n", p.style("1", h.command("wipe", "--keep", s.Keep)))
+	}
 	p.printf("\n")
 	rows := [][]string{{"", "SYSTEM STORE", "PERSONAL STORE"}}
 	for _, r := range s.Split {

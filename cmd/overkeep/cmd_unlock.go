@@ -85,6 +85,9 @@ func runUnlock(ctx context.Context, a *app, o unlockOptions) error {
 		if err != nil {
 			return err
 		}
+		if k.MoveUnfinished() {
+			a.recoverMove(ctx, k)
+		}
 		if o.strict {
 			if err := strictly(ctx, a, k); err != nil {
 				return err
@@ -92,6 +95,23 @@ func runUnlock(ctx context.Context, a *app, o unlockOptions) error {
 		}
 		return a.ui.done(unlockDone{r, a.here().command("shell", k.Name)})
 	})
+}
+
+// recoverMove has a mover in the view set right what was interrupted. The keep is open
+// whether that can be had or not.
+func (a *app) recoverMove(ctx context.Context, k *keep.Keep) {
+	a.ui.progress("setting an interrupted move right")
+	c := exec.CommandContext(ctx, a.exe, "wipe", "--keep", k.Name, "--root", k.Root, "--quiet", "--json")
+	var said strings.Builder
+	c.Stderr = &said
+	err := c.Run()
+	var exit *exec.ExitError
+	switch {
+	case err == nil, errors.As(err, &exit) && exit.ExitCode() == exitResidue:
+		a.ui.caveat("a move was interrupted; it has been set right")
+	default:
+		a.ui.caveat("a move was interrupted and is not set right: %s", a.here().command("wipe", "--keep", k.Name))
+	}
 }
 
 // strictly has the policy checked in the view that was just opened, and locks the keep

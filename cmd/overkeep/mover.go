@@ -159,8 +159,11 @@ func movedWords(res *move.Result) string {
 }
 
 func counts(n int, what string) string {
-	if n == 1 {
+	switch {
+	case n == 1:
 		return "1 " + what
+	case strings.HasSuffix(what, "sh"):
+		return fmt.Sprintf("%d %ses", n, what)
 	}
 	return fmt.Sprintf("%d %ss", n, what)
 }
@@ -217,7 +220,11 @@ func printCleaned(p *page, c *move.CleanResult) {
 	if c.Logs.Files > 0 {
 		p.printf(", %s", counts(c.Logs.Files, "build log"))
 	}
-	p.printf("; Nix's database, the free blocks and the journal of the file system cleared.\n")
+	if len(c.Left) == 0 {
+		p.printf("; Nix's database, the free blocks and the journal of the file system cleared.\n")
+	} else {
+		p.printf("; Nix's database, the free blocks and the journal of the file system cleared, but for what follows.\n")
+	}
 	if c.Files.Shared > 0 {
 		p.printf("  %s shared with public paths by hard links: their contents stay there.\n", counts(c.Files.Shared, "file"))
 	}

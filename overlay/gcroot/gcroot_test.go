@@ -316,10 +316,10 @@ func TestTaken(t *testing.T) {
 	at := s.Keep.Volume() + "/" + s.root.To
 	s.must(os.MkdirAll(filepath.Dir(at), 0o755))
 	s.must(os.WriteFile(at, []byte("precious"), 0o600))
-	if err := s.Make(rec); !errors.Is(err, ErrTaken) {
+	if err := s.Make(rec); !errors.Is(err, ErrTaken) || !Theirs(err) {
 		t.Errorf("make: %v", err)
 	}
-	if err := s.Drop(rec); !errors.Is(err, ErrChanged) {
+	if err := s.Drop(rec); !errors.Is(err, ErrChanged) || !Theirs(err) {
 		t.Errorf("drop: %v", err)
 	}
 	if b, err := os.ReadFile(at); err != nil || string(b) != "precious" {
@@ -328,8 +328,14 @@ func TestTaken(t *testing.T) {
 	// A way through a link out of the keep is no way.
 	s = newStage(t)
 	s.must(os.Symlink(s.Host+"/home", s.Keep.Volume()+"/home/work/links"))
-	if err := s.Make(rec); !errors.Is(err, unix.ELOOP) {
+	if err := s.Make(rec); !errors.Is(err, unix.ELOOP) || !Theirs(err) {
 		t.Errorf("make through a link: %v", err)
+	}
+	if err := s.Drop(rec); !Theirs(err) {
+		t.Errorf("drop through a link: %v", err)
+	}
+	if Theirs(nil) || Theirs(unix.EIO) || Theirs(unix.EACCES) { // what may go another time
+		t.Error("too much is theirs")
 	}
 	for _, to := range []string{"", "nix/x", "home/../nix/x", "/home/x", "home//x"} {
 		rec.To = to

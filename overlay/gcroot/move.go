@@ -100,6 +100,18 @@ func (m Mover) Look(r plan.Root) (Record, error) {
 	return rec, nil
 }
 
+// Theirs reports whether an error of Make, Remove, Restore or Drop is of what the link's
+// user has made of its place: something else is there, or is on the way there, or has
+// gone. It is the same when it is tried again.
+func Theirs(err error) bool {
+	for _, is := range []error{ErrChanged, ErrTaken, unix.ENOENT, unix.ENOTDIR, unix.ELOOP} {
+		if errors.Is(err, is) {
+			return true
+		}
+	}
+	return false
+}
+
 func gone(err error) error {
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.EINVAL) {
 		return fmt.Errorf("%w: %w", ErrChanged, err)

@@ -161,7 +161,13 @@ func (r *run) awaitWorkers(ctx context.Context, b *batch) error {
 // personal collection asks the system store for temporary roots, and a build waits for
 // no collection but its own store's.
 func (r *run) bothLocks(ctx context.Context) (release func(), err error) {
-	for {
+	for end := time.Now().Add(gcWait); ; {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		if time.Now().After(end) { // somebody had one each time
+			return nil, &CollectorError{r.personalGC()}
+		}
 		system, err := gcLock(ctx, r.systemGC(), unix.LOCK_EX)
 		if err != nil {
 			return nil, err

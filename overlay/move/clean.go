@@ -131,6 +131,9 @@ func (w *World) clean(ctx context.Context, t traces) (*CleanResult, error) {
 	if c.Database, err = nixdb.Scrub(ctx, w.systemDB(), names); err != nil {
 		note("Nix's database", err)
 	}
+	if err == nil && c.Database.Left > 0 {
+		c.Left = append(c.Left, fmt.Sprintf("Nix's database: %d copies of names in its free pages", c.Database.Left))
+	}
 	if c.Database.Live > 0 {
 		c.Left = append(c.Left, "Nix's database names them still: a derivation that makes them is in the system store (seal it, too)")
 	}
@@ -189,12 +192,19 @@ func (w *World) cleanSlack(ctx context.Context, c *CleanResult, names [][]byte, 
 			note("directory "+name, err)
 			return
 		}
-		if rep.Looked != wipe.Done {
+		if rep.Looked != wipe.Done || rep.After > 0 {
 			c.Left = append(c.Left, rep.Notes...)
 		}
 		c.Slack = append(c.Slack, CleanedDir{name, rep})
 	}
-	slack(storeDir, w.Lower, names)
+	// No personal collection may come upon the entries that this puts there: it would
+	// give up at them (see newStage).
+	if lock, err := gcLock(ctx, w.personalGC(), unix.LOCK_SH); err != nil {
+		note("directory "+storeDir, err)
+	} else {
+		slack(storeDir, w.Lower, names)
+		lock.Close()
+	}
 	if pins, err := os.Open(w.Keep.Pins()); err == nil {
 		slack(w.Keep.Pins(), pins, names)
 		pins.Close()

@@ -91,6 +91,24 @@ func (o *operation) past() Past {
 	return p
 }
 
+// Unfinished reports whether the last operation of the journal in a directory did not
+// come to its end, and nobody is at work on it: Recover is due.
+func Unfinished(dir string) bool {
+	all, err := numbers(dir)
+	if err != nil || len(all) == 0 {
+		return false
+	}
+	op, err := load(dir, all[len(all)-1], false)
+	if err != nil || op != nil && op.ended() {
+		return false // what is damaged, the next mover says
+	}
+	lock, err := openJournals(dir)
+	if err != nil {
+		return false
+	}
+	return lock.Close() == nil
+}
+
 // Undoable is the last operation that moved something and was not undone, with what of it
 // an undo that came to an early end has not taken back; or nil.
 func Undoable(past []Past) *Past {

@@ -79,19 +79,10 @@ func (r *run) place(ctx context.Context, b *batch, stage *os.File) error {
 	if err := r.leave(b, left); err != nil {
 		return err
 	}
-	left = nil
-	for _, it := range r.going(b) {
-		l, err := lockPath(r.Lower, base(it.Info.Path))
-		var held *HeldError
-		switch {
-		case errors.As(err, &held):
-			left = append(left, Left{Path: it.Info.Path, Why: Locked})
-		case err != nil:
-			return err
-		default:
-			locks = append(locks, l)
-		}
+	if locks, err = r.lockBatch(b); err != nil {
+		return err
 	}
+	left = nil
 	// What somebody put there meanwhile.
 	now, err := valid(ctx, r.systemDB(), pathsOf(r.going(b)))
 	if err != nil {
@@ -241,13 +232,13 @@ func (r *run) dropUpper(ctx context.Context, b *batch, paths []string) error {
 // user has made something else there, or removed the directory, it stays in the keep.
 func (r *run) restoreRoot(rec gcroot.Record) error {
 	err := r.Links.Restore(rec)
-	if errors.Is(err, gcroot.ErrTaken) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
+	if gcroot.Theirs(err) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	if err := r.Links.Drop(rec); err != nil && !errors.Is(err, gcroot.ErrChanged) {
+	if err := r.Links.Drop(rec); err != nil && !gcroot.Theirs(err) {
 		return err
 	}
 	r.res.Roots = append(r.res.Roots, RootMoved{From: rec.To, To: rec.Link, Back: true})
@@ -324,16 +315,8 @@ func (r *run) throwUpper(ctx context.Context, paths []string) error {
 		return err
 	}
 	defer bin.Close()
-	for _, p := range paths {
-		ok, err := there(r.upper, base(p))
-		if err != nil {
-			return err
-		}
-		if ok {
-			if err := throw(r.upper, base(p), bin); err != nil {
-				return err
-			}
-		}
+	if err := throwAll(r.upper, paths, bin); err != nil {
+		return err
 	}
 	if err := fsync(r.upper); err != nil {
 		return err

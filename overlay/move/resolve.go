@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"overkeep/overlay/gcroot"
 	"overkeep/overlay/nixdb"
 	"overkeep/overlay/plan"
 	"overkeep/overlay/tree"
@@ -87,6 +88,19 @@ func (r *run) resolveSeal(ctx context.Context, b *batch) error {
 	return r.forget(ctx, b, out)
 }
 
+// lockBatch takes the locks of what is to move, and leaves out what somebody else has.
+func (r *run) lockBatch(b *batch) ([]*pathLock, error) {
+	locks, held, err := r.lockAll(pathsOf(r.going(b)))
+	if err != nil {
+		return locks, err
+	}
+	var left []Left
+	for _, p := range keys(held) {
+		left = append(left, Left{Path: p, Why: Locked})
+	}
+	return locks, r.leave(b, left)
+}
+
 // lockAll takes the locks of paths, but for those that somebody else has.
 func (r *run) lockAll(paths []string) (locks []*pathLock, held map[string]bool, err error) {
 	held = map[string]bool{}
@@ -145,7 +159,8 @@ func (r *run) takeBack(ctx context.Context, b *batch, items []item) error {
 	}
 	for _, rec := range b.roots {
 		if stay[rec.Path] {
-			if err := r.Links.Drop(rec); err != nil {
+			// A link too many in the keep does no harm.
+			if err := r.Links.Drop(rec); err != nil && !gcroot.Theirs(err) && !errors.Is(err, unix.EACCES) {
 				return err
 			}
 		}

@@ -115,20 +115,7 @@ func (r *run) free(ctx context.Context, b *batch) (locks []*pathLock, err error)
 	if err := r.leave(b, left); err != nil {
 		return nil, err
 	}
-	left = nil
-	for _, it := range r.going(b) {
-		l, err := lockPath(r.Lower, base(it.Info.Path))
-		var held *HeldError
-		switch {
-		case errors.As(err, &held):
-			left = append(left, Left{Path: it.Info.Path, Why: Locked})
-		case err != nil:
-			return locks, err
-		default:
-			locks = append(locks, l)
-		}
-	}
-	return locks, r.leave(b, left)
+	return r.lockBatch(b)
 }
 
 // lookAtRoots finds the user's roots that are to move along with a batch.
@@ -379,15 +366,38 @@ func throw(dir *os.File, name string, bin *os.File) error {
 	}
 }
 
+// throwAll throws those of paths that lie in dir.
+func throwAll(dir *os.File, paths []string, bin *os.File) error {
+	for _, p := range paths {
+		ok, err := there(dir, base(p))
+		if err != nil {
+			return err
+		}
+		if ok {
+			if err := throw(dir, base(p), bin); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // takeOut removes a batch that is valid in the keep from the system store.
 func (r *run) takeOut(ctx context.Context, b *batch) (err error) {
+	var left []Left
 	for _, rec := range b.roots {
 		if _, stays := r.left[rec.Path]; stays {
 			continue
 		}
-		if err := r.Links.Make(rec); err != nil {
+		// Where it cannot come along, it holds what it holds.
+		if err := r.Links.Make(rec); gcroot.Theirs(err) || errors.Is(err, unix.EACCES) {
+			left = append(left, Left{Path: rec.Path, Why: Alive, By: rec.Link})
+		} else if err != nil {
 			return err
 		}
+	}
+	if err := r.leave(b, left); err != nil {
+		return err
 	}
 	if err := syncfs(r.upper); err != nil {
 		return err
@@ -470,7 +480,7 @@ func (r *run) forget(ctx context.Context, b *batch, paths []string) error {
 			continue
 		}
 		// One that its user changed meanwhile is not ours to take away.
-		if err := r.Links.Remove(rec); err != nil && !errors.Is(err, gcroot.ErrChanged) {
+		if err := r.Links.Remove(rec); err != nil && !gcroot.Theirs(err) {
 			return err
 		}
 		r.res.Roots = append(r.res.Roots, RootMoved{From: rec.Link, To: rec.To})
@@ -507,16 +517,8 @@ func (r *run) destroy(ctx context.Context, paths []string) error {
 		return err
 	}
 	defer stage.Close()
-	for _, p := range paths {
-		ok, err := there(r.Lower, base(p))
-		if err != nil {
-			return err
-		}
-		if ok {
-			if err := throw(r.Lower, base(p), stage); err != nil {
-				return err
-			}
-		}
+	if err := throwAll(r.Lower, paths, stage); err != nil {
+		return err
 	}
 	if err := fsync(r.Lower); err != nil {
 		return err

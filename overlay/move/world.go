@@ -3,7 +3,6 @@ package move
 import (
 	"context"
 	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -11,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"overkeep/overlay/drv/storepath"
 	"overkeep/overlay/gcroot"
 	"overkeep/overlay/layout"
 	"overkeep/overlay/nixdb"
@@ -127,15 +127,21 @@ const (
 	trash    = "trash"    // beside the upper layer: out of the store, being removed
 )
 
+// stageName ends the name of every stage.
+const stageName = "-overkeep-moving"
+
 // newStage names a directory in the system store for what is on its way in or out. It
-// tells nothing: a collector that came upon it would remove it like any name that is
-// no store path, but we hold its lock.
+// is a name as of a store path that is not valid, and tells nothing. Each collector
+// knows what to do with such: the system's would remove it, but while we work we hold its
+// lock; the personal one leaves alone what lies in the lower layer only. At any other
+// name in the view it gives up, with "too short to be a valid store path"
+// (local-overlay-store.cc, deleteStorePath).
 func newStage() (string, error) {
-	var b [8]byte
+	var b [20]byte
 	if _, err := rand.Read(b[:]); err != nil {
 		return "", err
 	}
-	return ".overkeep-" + hex.EncodeToString(b[:]), nil
+	return storepath.Base32(b[:]) + stageName, nil
 }
 
 // subdir opens a directory below dir, made if need be, of root's alone.

@@ -53,6 +53,9 @@ type trimRange struct{ start, length, least uint64 }
 // error.
 func Device(ctx context.Context, dir *os.File) (r DeviceReport, err error) {
 	fd := int(dir.Fd())
+	if err := spend(ctx, fd); err != nil {
+		return r, quoted("spend preallocated blocks of", dir.Name(), err)
+	}
 	if err := retry(func() error { return unix.Syncfs(fd) }); err != nil {
 		return r, quoted("syncfs", dir.Name(), err)
 	}

@@ -164,6 +164,11 @@ func opClose(ctx context.Context, c *call) (any, error) {
 		}
 	}
 	defer func() { l.ending.close() }()
+	if c.Locking == LockKill {
+		if err := l.endFirst(ctx); err != nil {
+			return nil, err
+		}
+	}
 	l.stopSupervisor(c.Locking)
 	for {
 		err := l.attempt(ctx)

@@ -95,6 +95,16 @@ const (
 	settlePause = 200 * time.Millisecond
 )
 
+// unfinished is the supervisor's answer when the journal of moves has no end.
+const unfinished = "unfinished"
+
+// MoveUnfinished reports whether a move was interrupted in an open keep and nobody has
+// set it right yet. What cannot be asked is no.
+func (k *Keep) MoveUnfinished() bool {
+	answer, err := control(k.Keep, "journal")
+	return err == nil && answer == unfinished
+}
+
 // Pin has the supervisor pin what the keep needs of the system store now, and
 // remove no pin.
 func (k *Keep) Pin(context.Context) error {

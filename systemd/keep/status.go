@@ -45,6 +45,8 @@ type Status struct {
 	Supervisor   int  `json:"supervisor,omitempty"` // pid
 	// Trouble says why a keep that is open does not work; empty when it does.
 	Trouble string `json:"trouble,omitempty"`
+	// MoveUnfinished says that a move between the stores was interrupted.
+	MoveUnfinished bool `json:"move_unfinished,omitempty"`
 
 	SizeTotal  int64  `json:"size_total,omitempty"` // bytes the volume can hold
 	SizeUsed   int64  `json:"size_used,omitempty"`  // bytes used inside it
@@ -299,6 +301,7 @@ func (k *Keep) Status(ctx context.Context) (*Status, error) {
 		Key: st.Key, ViewComplete: st.ViewComplete, Supervisor: st.Supervisor,
 		SizeTotal: st.SizeTotal, SizeUsed: st.SizeUsed, SizeOnDisk: st.SizeOnDisk, Paths: st.Paths, Slots: len(keys.Slots),
 	}
+	out.MoveUnfinished = k.MoveUnfinished()
 	if st.State != Locked {
 		out.Mounts = st.Mounts
 	}

@@ -24,6 +24,7 @@ import (
 	"overkeep/crypt/crashpoint"
 	"overkeep/overlay/layout"
 	"overkeep/overlay/lower"
+	"overkeep/overlay/move"
 	"overkeep/overlay/pins"
 	"overkeep/overlay/view"
 )
@@ -438,6 +439,12 @@ func (s *supervisor) obey(line string, answer io.Writer) (last bool) {
 	case "resume":
 		if s.resume() == nil {
 			fmt.Fprintln(answer, "serving")
+		}
+	case "journal":
+		if move.Unfinished(s.k.Journal()) {
+			fmt.Fprintln(answer, unfinished)
+		} else {
+			fmt.Fprintln(answer, "ended")
 		}
 	case "pin":
 		ctx, done := context.WithTimeout(context.Background(), killGrace)

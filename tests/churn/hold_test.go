@@ -61,6 +61,28 @@ func TestBuildHolds(t *testing.T) {
 	}
 }
 
+// TestKillEndsFirst: what lock --kill ends sees all of the view until its end. A personal
+// collection that went on while the user's directories were unmounted took what the links
+// in them hold, and a build whose inputs were unmounted could end well.
+func TestKillEndsFirst(t *testing.T) {
+	s := newSmall(t, bed.Forky)
+	s.Must(t, "root", "mkdir -m 777 /run/gate")
+	p, err := s.Start("root", "cd /; exec overkeep run alice -- bash -c "+fixture.Quote(
+		`cd /; exec 3<`+s.holder+`; echo looking; while :; do
+			[ -L /home/alice/keep/holder -a -e `+s.top+`/needs ] || { echo gone >/run/gate/gone; exit; }; done`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	awaitOutput(t, p, "looking")
+	s.Lock(t, "--kill")
+	<-p.Done()
+	if out := s.Must(t, "root", "ls /run/gate"); out != "" {
+		t.Errorf("it saw the view go before it was ended")
+	}
+	s.Unlock(t)
+	s.whole(t, "after a lock")
+}
+
 // awaitOutput waits until a process has said a word.
 func awaitOutput(t *testing.T, p *bed.Proc, word string) {
 	t.Helper()

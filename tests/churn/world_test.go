@@ -121,7 +121,7 @@ open='select "open: row of " || v.path from Refs r join ValidPaths v on v.id = r
 sqlite3 -cmd '.timeout 20000' $sys "$open" | sed 's/^/system /'
 sqlite3 -cmd '.timeout 20000' $sys 'select path from ValidPaths' >/run/valid.system
 while read -r p; do [ -e $p -o -L $p ] || echo "system: no files of $p"; done </run/valid.system
-find /nix/store -mindepth 1 -maxdepth 1 \( -name '.overkeep*' -o -name '*.lock' -o -name '*.tmp' \) -printf 'system: left %f\n'
+find /nix/store -mindepth 1 -maxdepth 1 \( -name '.overkeep*' -o -name '*-overkeep-moving' -o -name '*.lock' -o -name '*.tmp' \) -printf 'system: left %f\n'
 nix-store --verify --check-contents 2>&1 | sed 's/^/system verify: /' || :
 exec overkeep run alice --as-root -- bash -eu -c '
 	k=` + keepDir + `

@@ -36,8 +36,7 @@ func TestCollected(t *testing.T) {
 				continue
 			}
 			t.Run(fmt.Sprintf("%s/%d %s", name, n+1, classes[n]), func(t *testing.T) {
-				w.prepare(t, c, s.at)
-				s.at = c.from
+				s.prepare(t, c)
 				rep, _ := w.disturb(t, fmt.Sprintf("-kill %d", n+1), c.args(w)...)
 				if rep.At == 0 { // what an earlier one has left to be done again is not there always
 					s.settle(t, c, c.to)
