@@ -197,4 +197,5 @@ func (w *world) many(t *testing.T) {
 	t.Logf("100,000 entries: sealed in %.1f s, undone in %.1f s", sealed.Seconds(), time.Since(start).Seconds())
 	w.home(t, "system", "secret-many")
 	w.sound(t)
+	w.gone(t, "secret-many")
 }
