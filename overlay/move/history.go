@@ -200,6 +200,11 @@ func (w *World) Room(ctx context.Context, moves []plan.Move, outer *os.File) err
 			if err != nil {
 				continue // it will be named when it is its turn
 			}
+			// More than its NAR could need: a damaged inode claims a size. It is not copied to its
+			// end, and must not keep the others from moving.
+			if u.Blocks > 4*(u.Inodes+m.NarSize/room.BlockSize+1) {
+				continue
+			}
 			side.sum.Blocks += u.Blocks
 			side.sum.Inodes += u.Inodes
 		}
