@@ -53,8 +53,14 @@ type trimRange struct{ start, length, least uint64 }
 // error.
 func Device(ctx context.Context, dir *os.File) (r DeviceReport, err error) {
 	fd := int(dir.Fd())
-	if err := spend(ctx, fd); err != nil {
-		return r, quoted("spend preallocated blocks of", dir.Name(), err)
+	if err := retry(func() error { return unix.Syncfs(fd) }); err != nil {
+		return r, quoted("syncfs", dir.Name(), err)
+	}
+	// Trimmed once before, so that what is set aside anew was.
+	if _, err := trim(fd); err == nil {
+		if err := spend(ctx, fd); err != nil {
+			return r, quoted("use up preallocated blocks of", dir.Name(), err)
+		}
 	}
 	if err := retry(func() error { return unix.Syncfs(fd) }); err != nil {
 		return r, quoted("syncfs", dir.Name(), err)
