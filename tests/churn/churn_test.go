@@ -208,7 +208,10 @@ func (c *churn) buildIn(r *rand.Rand) {
 	file := c.expression(c.t, name, text, deps...)
 	build := "mkdir -p roots; out=$(nix-build -o roots/" + name + " " + file + "); " + fmt.Sprintf(sums, "$out")
 	res, disturbed := c.inView(build)
-	if res.Code != 0 && !disturbed && strings.Contains(res.Stderr, "is not valid") {
+	for range 5 {
+		if res.Code == 0 || disturbed || !strings.Contains(res.Stderr, "is not valid") {
+			break
+		}
 		// Nix asks the keep's database for a path and then, for as long as a seal of it
 		// may take, the system store: in one it was not yet, in the other it is no more.
 		// It is refused, and nothing else; asked again it is there.
