@@ -179,10 +179,10 @@ func (w *world) hold(t *testing.T) (release func()) {
 	return func() { p.Kill(); <-p.Done() }
 }
 
-// incoming waits until a seal has copied what it seals, and wants the collector's lock.
-func (w *world) incoming(t *testing.T, name string) {
+// incoming waits until a seal has copied so many paths, and wants the collector's lock.
+func (w *world) incoming(t *testing.T, n int) {
 	t.Helper()
-	w.await(t, "overkeep run alice --as-root -- test -e "+upper+at(name)[10:])
+	w.await(t, fmt.Sprintf(`overkeep run alice --as-root -- sh -c 'test $(ls /run/overkeep/alice/k/store/incoming 2>/dev/null | wc -l) -eq %d'`, n))
 }
 
 // later: what comes up after the plan was made, while the path is being copied.
@@ -191,7 +191,7 @@ func (w *world) later(t *testing.T) {
 		tree{"secret-referred-later", "echo x >$out", nil}, tree{"secret-free", "echo x >$out", nil})
 	release := w.hold(t)
 	p := w.start(t, "root", "exec overkeep apply --keep alice --yes --json")
-	w.incoming(t, "secret-free")
+	w.incoming(t, 5)
 	w.Must(t, "root", "ln -s "+at("secret-root-later")+" /nix/var/nix/gcroots/later")
 	user := w.start(t, "bob", "exec 7<"+at("secret-used-later")+"; exec sleep 10006")
 	locker := w.start(t, "root", "exec 9>"+at("secret-locked")+".lock; flock -x 9; touch /run/locked; exec sleep 10007")
