@@ -247,6 +247,59 @@ func TestMove(t *testing.T) {
 	step("drop", s.Drop, onHost...)
 }
 
+// TestProfile: the generation that a profile's name leads to stays the current one where
+// it goes, unless the keep has chosen another; the name itself stays outside.
+func TestProfile(t *testing.T) {
+	for _, chosen := range []bool{false, true} {
+		s := newStage(t)
+		dir := "/home/alice/.local/state/nix/profiles"
+		inside := s.Keep.Volume() + "/home/state/profiles"
+		s.must(os.MkdirAll(s.Host+dir, 0o755))
+		link := func(text, at string) {
+			s.must(os.Symlink(text, at))
+			s.must(os.Lchown(at, 1000, 100))
+		}
+		link("profile-3-link", s.Host+dir+"/profile")
+		link(storePath, s.Host+dir+"/profile-3-link")
+		for _, d := range []string{"/home/alice/.local", "/home/alice/.local/state", "/home/alice/.local/state/nix", dir} {
+			s.must(os.Chown(s.Host+d, 1000, 100))
+		}
+		s.must(os.Symlink(dir+"/profile-3-link", s.Host+autoDir+"/"+autoName(dir+"/profile-3-link")))
+		current := "profile-3-link"
+		if chosen {
+			s.must(os.MkdirAll(inside, 0o755))
+			s.must(os.Chown(inside, 1000, 100))
+			current = "profile-9-link"
+			link(current, inside+"/profile")
+		}
+		root := Classify(s.Place, Fact{Link: dir + "/profile-3-link", Path: storePath, Owner: 1000, Auto: autoName(dir + "/profile-3-link")})
+		rec, err := s.Look(root)
+		s.must(err)
+		for range 2 {
+			s.must(s.Make(rec))
+			s.must(s.Remove(rec))
+		}
+		if got, err := os.Readlink(inside + "/profile"); err != nil || got != current {
+			t.Errorf("chosen %v: the profile in the keep is %q, %v", chosen, got, err)
+		}
+		for range 2 {
+			s.must(s.Restore(rec))
+			s.must(s.Drop(rec))
+		}
+		if got, err := os.Readlink(inside + "/profile"); (err == nil) != chosen || chosen && got != current {
+			t.Errorf("chosen %v: afterwards it is %q, %v", chosen, got, err)
+		}
+		if got, err := os.Readlink(s.Host + dir + "/profile"); err != nil || got != "profile-3-link" {
+			t.Errorf("outside it is %q, %v", got, err)
+		}
+	}
+	for link, want := range map[string]string{"profile-3-link": "profile", "a-b-12-link": "a-b", "profile": "", "-3-link": "", "profile--link": "", "profile-x-link": "", "result": ""} {
+		if got := profileOf(link); got != want {
+			t.Errorf("%q: %q, want %q", link, got, want)
+		}
+	}
+}
+
 // Nothing is touched that is not what was planned.
 func TestChanged(t *testing.T) {
 	link := "/home/alice/dir/result"

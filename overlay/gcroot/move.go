@@ -43,6 +43,11 @@ type Record struct {
 	To   string `json:"to"`             // below the keep's volume
 	UID  int    `json:"uid"`
 	GID  int    `json:"gid"`
+
+	// Profile is the link beside a generation of a profile that makes it the current one
+	// ("profile" beside "profile-3-link"), by name; "": it is not. It is no root, and
+	// names no store path: it stays outside, and gets a like in the keep.
+	Profile string `json:"profile,omitempty"`
 }
 
 // Mover moves links of a user's between the host and the keep. It runs as root in the
@@ -86,6 +91,11 @@ func (m Mover) Look(r plan.Root) (Record, error) {
 		return wrong(ErrChanged)
 	}
 	rec.UID, rec.GID = int(st.Uid), int(st.Gid)
+	if name := profileOf(path.Base(r.Link)); name != "" {
+		if text, err := readlinkat(d, name); err == nil && text == path.Base(r.Link) {
+			rec.Profile = name
+		}
+	}
 	if r.Auto == "" {
 		return rec, nil
 	}
@@ -143,7 +153,14 @@ func (m Mover) Make(rec Record) error {
 			return err
 		}
 		defer unix.Close(d)
-		return makeLink(rec.Text, d, path.Base(rec.To))
+		if err := makeLink(rec.Text, d, path.Base(rec.To)); err != nil || !rec.current() {
+			return err
+		}
+		// Another one that the keep has is its user's choice.
+		if err := makeLink(path.Base(rec.To), d, rec.Profile); !errors.Is(err, ErrTaken) {
+			return err
+		}
+		return nil
 	})
 	if err != nil {
 		return &LinkError{"make in the keep", rec.To, err}
@@ -256,6 +273,11 @@ func (m Mover) Drop(rec Record) error {
 			return err
 		}
 		defer unix.Close(d)
+		if rec.current() {
+			if err := removeLink(path.Base(rec.To), d, rec.Profile); err != nil && !errors.Is(err, ErrChanged) {
+				return err
+			}
+		}
 		return removeLink(rec.Text, d, path.Base(rec.To))
 	})
 	if err != nil {
@@ -275,6 +297,20 @@ func (m Mover) Drop(rec Record) error {
 	}
 	return nil
 }
+
+// profileOf is the name of the profile that a link is a generation of (profiles.cc,
+// makeName), or "".
+func profileOf(link string) string {
+	name, ok := strings.CutSuffix(link, "-link")
+	at := strings.LastIndexByte(name, '-')
+	if !ok || at <= 0 || at == len(name)-1 || strings.Trim(name[at+1:], "0123456789") != "" {
+		return ""
+	}
+	return name[:at]
+}
+
+// current: the generation is the profile's, and goes to a place of that name.
+func (r *Record) current() bool { return r.Profile != "" && profileOf(path.Base(r.To)) == r.Profile }
 
 // makeLink makes a link, or finds it made.
 func makeLink(text string, dir int, name string) error {

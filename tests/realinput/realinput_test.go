@@ -399,7 +399,7 @@ func (w *world) migrated(t *testing.T, r report, m moved) {
 	}
 	// In the view all of it is there, and held.
 	got := w.Alice(t, `
-		test "$(cat ~/.local/state/nix/profiles/profile-1-link/bin/run)" = run
+		test "$(cat ~/.local/state/nix/profiles/profile/bin/run)" = run
 		test "$(wc -l <links/home/alice/result/text)" = 100000
 		ls links/home/alice/src/deep/result/ >/dev/null
 		nix-store -qR ~/.local/state/nix/profiles/profile-1-link links/home/alice/result | xargs ls -d >/dev/null
