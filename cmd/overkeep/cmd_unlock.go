@@ -74,7 +74,7 @@ func runUnlock(ctx context.Context, a *app, o unlockOptions) error {
 	if st, err := k.State(ctx); err == nil && st == keep.Unlocked {
 		return a.ui.done(unlockDone{&keep.UnlockResult{Keep: k.Name, Already: true}, a.here().command("shell", k.Name)})
 	}
-	k.LookForNix()
+	defer k.LookForNix()()
 	if o.auth.asks() {
 		if err := k.CheckNix(); err != nil {
 			return err

@@ -52,7 +52,7 @@ func (k *Keep) Unlock(ctx context.Context, auth Auth) (*UnlockResult, error) {
 	if st.State == Unlocked {
 		return &UnlockResult{Keep: k.Name, Already: true}, nil
 	}
-	k.LookForNix()
+	defer k.LookForNix()()
 	if _, err := ReadConfig(k.Root); err != nil {
 		return nil, err
 	}
@@ -192,8 +192,12 @@ func NixSupports(major, minor int) bool {
 func (k *Keep) CheckNix() error { return k.nix().err }
 
 // LookForNix begins CheckNix and does not wait for it: to start a nix-daemon that
-// tells its version takes some 20 ms.
-func (k *Keep) LookForNix() { go k.nix() }
+// tells its version takes some 20 ms. What it returns does wait: call it at the end, or a
+// command that has failed early leaves that process behind for a moment.
+func (k *Keep) LookForNix() (wait func()) {
+	go k.nix()
+	return func() { k.nix() }
+}
 
 // nixFound is what checkNix returns.
 type nixFound struct {
