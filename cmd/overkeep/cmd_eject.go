@@ -96,7 +96,12 @@ func runEject(ctx context.Context, a *app, o ejectOptions) error {
 	if err := o.w.RootEjected(ctx); err != nil {
 		return err
 	}
-	return o.run(ctx, a, move.Op{Kind: move.Eject, Moves: p.Moves, Roots: p.Roots, Original: rowsByPath(rows)})
+	err = o.run(ctx, a, move.Op{Kind: move.Eject, Moves: p.Moves, Roots: p.Roots, Original: rowsByPath(rows)})
+	if err == nil && len(p.Blocked) > 0 {
+		a.ui.caveat("%s stay in the keep: %s", counts(len(p.Blocked), "path"), blockedWords(&p.Blocked[0]))
+		return &shownError{exitLeft}
+	}
+	return err
 }
 
 // writeCache writes paths and all they refer to into o.to.

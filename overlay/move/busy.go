@@ -53,9 +53,8 @@ func tempRoots(state string) (by map[string]string, err error) {
 		}
 		// Who has died does not hold its lock any more. Shared: Nix's collector, which
 		// removes such files, is kept out by gc.lock anyway.
-		dead := again(func() error { return unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB) }) == nil
 		var b []byte
-		if !dead {
+		if err = again(func() error { return unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB) }); errors.Is(err, unix.EWOULDBLOCK) {
 			b, err = io.ReadAll(io.LimitReader(f, maxTempRoots))
 		}
 		f.Close()

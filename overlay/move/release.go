@@ -111,6 +111,9 @@ func (r *run) place(ctx context.Context, b *batch, stage *os.File) error {
 		if it.Duplicate {
 			continue
 		}
+		if err := opaque(r.upper, base(it.Info.Path)); err != nil {
+			return err
+		}
 		// A tree without a row, under our lock: what an interrupted build left.
 		ok, err := there(r.Lower, base(it.Info.Path))
 		if err != nil {

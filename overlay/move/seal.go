@@ -154,13 +154,22 @@ func (r *run) keep(ctx context.Context, b *batch) error {
 		return nil // takeOut takes it back
 	}
 	for i, it := range b.items {
-		if _, stays := r.left[it.Info.Path]; stays || it.Duplicate {
+		if _, stays := r.left[it.Info.Path]; stays {
+			continue
+		}
+		if it.Duplicate { // both had it for a while: now it is the keep's
+			if err := opaque(r.upper, base(it.Info.Path)); err != nil {
+				return err
+			}
 			continue
 		}
 		if err := r.clearName(r.upper, base(it.Info.Path)); err != nil {
 			return err
 		}
 		b.ours[it.Info.Path] = true
+		if err := opaque(in, strconv.Itoa(i)); err != nil {
+			return err
+		}
 		if err := rename(in, strconv.Itoa(i), r.upper, base(it.Info.Path)); err != nil {
 			return err
 		}

@@ -174,6 +174,29 @@ func there(dir *os.File, name string) (bool, error) {
 	return err == nil, err
 }
 
+// opaque makes that the overlay takes a directory of the upper layer for itself alone
+// (overlayfs.rst, "whiteouts and opaque directories"). While both layers have a path, it
+// would else merge them, and note in the upper one that it was copied up (ovl_fix_origin):
+// from then on it would not count as the keep's own.
+func opaque(dir *os.File, name string) error {
+	d, err := openAt(dir, name)
+	if errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENOENT) {
+		return nil // a file or link is never merged
+	}
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	if err := again(func() error { return unix.Fsetxattr(int(d.Fd()), "trusted.overlay.opaque", []byte("y"), 0) }); err != nil {
+		return err
+	}
+	err = again(func() error { return unix.Fremovexattr(int(d.Fd()), "trusted.overlay.origin") })
+	if errors.Is(err, unix.ENODATA) {
+		return nil
+	}
+	return err
+}
+
 // rename moves an entry between two directories of one file system; with nothing
 // there any more it has been done before.
 func rename(from *os.File, name string, to *os.File, newName string) error {
