@@ -13,7 +13,7 @@ import (
 
 // How much is tried. Each run takes another third of the kill points, which are all calls of
 // all commands but for the middle of long rows of the same kind (see thin); one error for
-// one in twelve of the calls that can fail; and a power cut at one in four of the calls that
+// one in 24 of the calls that can fail; and a power cut at one in eight of the calls that
 // write the journal. With OVERKEEP_MOVES=kills it is every kill point (some 1,900, half an
 // hour), with OVERKEEP_MOVES=all nothing is left out: every call, every error, every power
 // cut. That takes hours.
@@ -159,7 +159,8 @@ type shard struct {
 	undoable bool
 	tried, twice,
 	verified int
-	by map[string]int
+	by   map[string]int
+	cuts bool // the power goes: what lies in free blocks is another matter
 }
 
 func newShard(t *testing.T) *shard {
@@ -254,6 +255,9 @@ func (s *shard) recover(t *testing.T, c *command, what string) {
 		w.look(t, false).safe(t, w)
 	}
 	r := w.Overkeep(t, "", args...)
+	if r.Code == 22 && done(c, r.Code) { // one of the words has moved already; the rest is an apply's
+		w.overkeepOK(t, apply(w)...)
+	}
 	if !done(c, r.Code) {
 		t.Errorf("after %s: %s: exit code %d\n%s%s", what, rec.name, r.Code, r.Stdout, r.Stderr)
 	}
@@ -269,7 +273,9 @@ func (s *shard) recover(t *testing.T, c *command, what string) {
 func (s *shard) settle(t *testing.T, c *command, want home) {
 	t.Helper()
 	w := s.w
-	if want == inKeep { // before anybody opens the databases
+	// Before anybody opens the databases. After a power cut blocks that the file system
+	// gave back before may hold names still (seen once in 45; SECURITY.md says so).
+	if want == inKeep && !s.cuts {
 		w.hidden(t)
 	}
 	verify := exhaustive || s.rand.IntN(4) == 0
@@ -392,7 +398,7 @@ func TestFaults(t *testing.T) {
 				classes := s.trace(t, c)
 				for _, n := range thin(classes) {
 					for e, errno := range errnos {
-						if exhaustive || s.rand.IntN(12) == 0 && e == n%len(errnos) {
+						if exhaustive || s.rand.IntN(24) == 0 && e == n%len(errnos) {
 							t.Run(fmt.Sprintf("%s/%d %s %s", c.name, n, errno, classes[n-1]), func(t *testing.T) { s.fail(t, c, n, errno) })
 						}
 					}
@@ -418,6 +424,7 @@ func (s *shard) reboot(t *testing.T) {
 func TestPowerCut(t *testing.T) {
 	t.Parallel()
 	s := newShard(t)
+	s.cuts = true
 	defer func() { t.Logf("%d power cuts %v, %d checked by Nix", s.tried, s.by, s.verified) }()
 	for i := range commands {
 		c := &commands[i]
@@ -425,7 +432,7 @@ func TestPowerCut(t *testing.T) {
 		classes := s.trace(t, c)
 		for n := range classes {
 			journal := func(i int) bool { return i >= 0 && strings.HasSuffix(classes[i], " journal") }
-			if exhaustive || (journal(n) || journal(n-1)) && s.rand.IntN(4) == 0 {
+			if exhaustive || (journal(n) || journal(n-1)) && s.rand.IntN(8) == 0 {
 				points = append(points, n+1)
 			}
 		}
