@@ -87,11 +87,6 @@ func runApply(ctx context.Context, a *app, o applyOptions) error {
 		return a.ui.done(o.report(now))
 	}
 	if want == nil {
-		if !a.yes {
-			if err := a.ui.say(o.text(a, now)); err != nil {
-				return err
-			}
-		}
 		if err := o.agree(ctx, a, now, "Do this?"); err != nil {
 			return err
 		}
@@ -194,17 +189,11 @@ func runUndo(ctx context.Context, a *app, o undoOptions) (err error) {
 	if len(p.Moves) == 0 {
 		return a.ui.done(o.report(p))
 	}
-	if !a.yes {
-		if err := a.ui.say(o.text(a, p)); err != nil {
-			return err
-		}
-		if n := len(sealed); n > 0 {
-			if err := a.ui.say(fmt.Sprintf("Everybody on this machine, and who steals it, will be able to read %s again.", counts(n, "path"))); err != nil {
-				return err
-			}
-		}
+	var besides []string
+	if n := len(sealed); n > 0 {
+		besides = append(besides, fmt.Sprintf("Everybody on this machine, and who steals it, will be able to read %s again.", counts(n, "path")))
 	}
-	if err := o.agree(ctx, a, p, fmt.Sprintf("Undo the %s of %s?", last.Kind, last.Time.Local().Format("2 January 15:04"))); err != nil {
+	if err := o.agree(ctx, a, p, fmt.Sprintf("Undo the %s of %s?", last.Kind, last.Time.Local().Format("2 January 15:04")), besides...); err != nil {
 		return err
 	}
 	begun = true

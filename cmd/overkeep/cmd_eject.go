@@ -83,11 +83,6 @@ func runEject(ctx context.Context, a *app, o ejectOptions) error {
 	if o.dryRun {
 		return a.ui.report(o.report(p))
 	}
-	if !a.yes {
-		if err := a.ui.say(o.text(a, p)); err != nil {
-			return err
-		}
-	}
 	question := fmt.Sprintf("Make all of keep %s, %s, plaintext for everybody on this machine?", o.keep.Name, counts(len(paths), "path"))
 	if err := o.agree(ctx, a, p, question); err != nil {
 		return err

@@ -56,30 +56,42 @@ func runSeal(ctx context.Context, a *app, o sealOptions) error {
 		return err
 	}
 	defer o.close()
-	words, err := wordsOf(o.words, os.Stdin)
-	if err != nil {
+	p, err := o.chosenWords(ctx, a, plan.Seal)
+	if p == nil || err != nil {
 		return err
-	}
-	p, err := o.chosen(ctx, a, words, nil)
-	if err != nil {
-		return err
-	}
-	if o.dryRun || len(p.Moves) == 0 && len(p.Blocked) == 0 {
-		return a.ui.report(o.report(p))
-	}
-	if len(p.Moves) == 0 {
-		return &blockedError{p}
 	}
 	// It takes nothing from anybody; only what goes along unasked is worth a question.
-	if n := following(p); n > 0 && !a.yes {
-		if err := a.ui.say(o.text(a, p)); err != nil {
-			return err
-		}
+	if n := following(p); n > 0 {
 		if err := o.agree(ctx, a, p, fmt.Sprintf("Seal these, with %s that refer to them?", counts(n, "path"))); err != nil {
 			return err
 		}
 	}
 	return o.run(ctx, a, move.Op{Kind: move.Seal, Moves: p.Moves, Roots: p.Roots})
+}
+
+// chosenWords makes the plan of what was asked for. Where there is nothing to do but to
+// show it, that is done, and the plan is nil.
+func (o *sealOptions) chosenWords(ctx context.Context, a *app, kind plan.Kind) (*plan.Plan, error) {
+	words, err := wordsOf(o.words, os.Stdin)
+	if err != nil {
+		return nil, err
+	}
+	var seal, release []string
+	if kind == plan.Seal {
+		seal = words
+	} else {
+		release = words
+	}
+	p, err := o.chosen(ctx, a, seal, release)
+	switch {
+	case err != nil:
+		return nil, err
+	case o.dryRun || len(p.Moves) == 0 && len(p.Blocked) == 0:
+		return nil, a.ui.report(o.report(p))
+	case len(p.Moves) == 0:
+		return nil, &blockedError{p}
+	}
+	return p, nil
 }
 
 // wordsOf are the words of a command line; a single "-" stands for those of a file.
@@ -154,24 +166,9 @@ func runRelease(ctx context.Context, a *app, o sealOptions) error {
 		return err
 	}
 	defer o.close()
-	words, err := wordsOf(o.words, os.Stdin)
-	if err != nil {
+	p, err := o.chosenWords(ctx, a, plan.Release)
+	if p == nil || err != nil {
 		return err
-	}
-	p, err := o.chosen(ctx, a, nil, words)
-	if err != nil {
-		return err
-	}
-	if o.dryRun || len(p.Moves) == 0 && len(p.Blocked) == 0 {
-		return a.ui.report(o.report(p))
-	}
-	if len(p.Moves) == 0 {
-		return &blockedError{p}
-	}
-	if !a.yes {
-		if err := a.ui.say(o.text(a, p)); err != nil {
-			return err
-		}
 	}
 	if err := o.agree(ctx, a, p, fmt.Sprintf("Make %s readable by everybody?", counts(len(p.Moves), "path"))); err != nil {
 		return err

@@ -191,7 +191,7 @@ var leftWords = map[move.Why]string{
 const maxShown = 20
 
 func (r *movedReport) print(p *page) {
-	p.printf("%s (%s).\n", p.style("1", upperFirst(movedWords(r.Result))), formatSize(r.Bytes))
+	p.printf("%s (%s).\n", p.style("1", upper(movedWords(r.Result))), formatSize(r.Bytes))
 	for i, l := range r.Left {
 		if i == maxShown {
 			p.printf("  and %d more; --json names all\n", len(r.Left)-i)
@@ -208,8 +208,6 @@ func (r *movedReport) print(p *page) {
 	}
 	printCleaned(p, r.Clean)
 }
-
-func upperFirst(s string) string { return strings.ToUpper(s[:1]) + s[1:] }
 
 // printCleaned says what was wiped, and what cannot be promised.
 func printCleaned(p *page, c *move.CleanResult) {
@@ -237,7 +235,7 @@ func printCleaned(p *page, c *move.CleanResult) {
 	p.printf("  This is what the device shows. Cells of a flash disk, snapshots and backups may hold more.\n")
 }
 
-// byPath looks up ids of store paths.
+// rowsByPath is for looking rows up.
 func rowsByPath(rows []nixdb.Info) map[string]nixdb.Info {
 	out := make(map[string]nixdb.Info, len(rows))
 	for _, r := range rows {
@@ -246,10 +244,19 @@ func rowsByPath(rows []nixdb.Info) map[string]nixdb.Info {
 	return out
 }
 
-// agree asks whether a plan is meant.
-func (m *mover) agree(ctx context.Context, a *app, p *plan.Plan, question string) error {
+// agree shows a plan, if there is one, with what is to be known besides, and asks whether
+// it is meant.
+func (m *mover) agree(ctx context.Context, a *app, p *plan.Plan, question string, besides ...string) error {
 	if a.yes {
 		return nil
+	}
+	if p != nil {
+		besides = append([]string{m.text(a, p)}, besides...)
+	}
+	for _, line := range besides {
+		if err := a.ui.say(line); err != nil {
+			return err
+		}
 	}
 	ok, err := a.ui.confirm(ctx, question)
 	if err != nil {

@@ -45,12 +45,11 @@ type Hooks struct {
 
 // Progress is how far an operation has come.
 type Progress struct {
-	Doing       string // in words
-	Bytes       int64  // of NARs, verified and carried over
-	TotalBytes  int64
-	Paths       int
-	TotalPaths  int
-	Cancellable bool
+	Doing      string // in words
+	Bytes      int64  // of NARs, verified and carried over
+	TotalBytes int64
+	Paths      int
+	TotalPaths int
 }
 
 // World is both stores of one keep, open for one mover at a time.
@@ -208,14 +207,6 @@ func renameNew(from *os.File, name string, to *os.File, newName string) error {
 	return again(func() error {
 		return unix.Renameat2(int(from.Fd()), name, int(to.Fd()), newName, unix.RENAME_NOREPLACE)
 	})
-}
-
-func rmdir(dir *os.File, name string) error {
-	err := again(func() error { return unix.Unlinkat(int(dir.Fd()), name, unix.AT_REMOVEDIR) })
-	if errors.Is(err, unix.ENOENT) {
-		return nil
-	}
-	return err
 }
 
 func syncfs(f *os.File) error { return again(func() error { return unix.Syncfs(int(f.Fd())) }) }
